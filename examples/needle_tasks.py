@@ -1,0 +1,99 @@
+"""Long-context questions in plain words: what the needle model is trained on and what the quickstart asks.
+
+One context hides three kinds of facts among filler sentences: codes of names, one marked passage, and votes. Every
+question is a sentence to complete, asked after the context, so a cache folded at the end of the context cannot know
+which one will come. All text is lower-case words separated by single spaces, readable by any language model.
+"""
+
+import random
+from dataclasses import dataclass
+
+NAMES = """
+amber anchor apple arrow autumn badger bamboo barley basil beacon birch bottle bridge bronze butter cactus candle
+canyon carbon castle cedar cherry circle cliff clover cobalt comet copper coral cotton crane crystal daisy desert
+diamond dolphin dragon eagle ember engine falcon feather fern fiddle flame forest fossil fountain fox garden garnet
+ginger glacier granite grape hammer harbor hazel heron honey horizon indigo iris iron island ivory jacket jade jasmine
+jungle kettle kitten ladder lantern lemon lilac lily linen lion lotus magnet mango maple marble meadow melon mint
+mirror moon mountain needle nickel oak ocean olive onyx opal orange orchid otter owl palm panther paper peach pearl
+pebble pepper pine planet plum pocket quartz rabbit raven ribbon river rocket rose ruby saddle saffron salmon
+""".split()
+
+FILLER = """
+people walk along the road and talk about weather while children play near old houses every morning some of them carry
+bread or milk others sit quietly reading long letters from friends who moved away years ago nobody knows when rain will
+stop but most agree it must end soon because clouds look thin today market opens early with fresh fruit warm soup and
+many small things to buy
+""".split()
+
+CODES = [str(1000 + 37 * i) for i in range(192)]
+
+# the sentences' own words; with the lists above they are the whole vocabulary of the needle model
+GLUE = """. : ; the code of is passage end vote for question repeat three most common votes are""".split()
+
+
+@dataclass(frozen=True)
+class Question:
+    """A sentence to complete after the context, and the words that complete it."""
+
+    kind: str
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """`text` of about `words` words, and everything that can be asked about it."""
+
+    text: str
+    questions: list[Question]
+
+
+def filler_sentence(rng: random.Random) -> list[str]:
+    return rng.choices(FILLER, k=rng.randint(4, 9)) + ["."]
+
+
+def make_context(rng: random.Random, words: int, pairs: int, passage: int = 12, candidates: int = 8) -> Context:
+    """A context of at least `words` words.
+
+    It holds `pairs` names with a code each, one marked passage of `passage` names (none where 0), and votes for
+    `candidates` names (none where 0), of which three are voted for clearly more often than the rest.
+    """
+    names = rng.sample(NAMES, pairs + passage + candidates)
+    keys, marked, voted = names[:pairs], names[pairs : pairs + passage], names[pairs + passage :]
+    values = rng.sample(CODES, pairs)
+    facts = [["the", "code", "of", key, "is", value, "."] for key, value in zip(keys, values, strict=True)]
+    questions = [
+        Question("multi-key" if pairs > 1 else "single", f"question : the code of {key} is", value)
+        for key, value in zip(keys, values, strict=True)
+    ]
+    if passage:
+        facts.append(["the", "passage", ":", *marked, "end", "."])
+        questions.append(Question("copy", "question : repeat the passage :", " ".join([*marked, "end"])))
+    if candidates:
+        step = rng.randint(2, 4) if words > 300 else rng.randint(2, 3)
+        counts = [1 + 3 * step, 1 + 2 * step, 1 + step] + [1] * (candidates - 3)
+        facts += [["vote", "for", name, "."] for name, count in zip(voted, counts, strict=True) for _ in range(count)]
+        questions.append(Question("frequent", "question : the three most common votes are", " ".join(voted[:3])))
+
+    fillers, length = [], sum(map(len, facts))
+    while length < words:
+        fillers.append(filler_sentence(rng))
+        length += len(fillers[-1])
+    sentences = facts + fillers
+    rng.shuffle(sentences)
+    return Context(" ".join(word for sentence in sentences for word in sentence), questions)
+
+
+def test_context(rng: random.Random, kind: str, words: int = 512) -> tuple[str, Question]:
+    """One held-out example of `kind` ("single", "multi-key", "copy", "frequent") over at least `words` words."""
+    context = make_context(rng, words, pairs={"single": 1, "multi-key": 24}.get(kind, 8))
+    return context.text, rng.choice([question for question in context.questions if question.kind == kind])
+
+
+def score(question: Question, completion: str) -> float:
+    """Fraction of `question.answer` that `completion` gives: the words in place, for votes the names in any order."""
+    expected = question.answer.split()
+    given = completion.split()[: len(expected)]
+    if question.kind == "frequent":
+        return len(set(expected) & set(given)) / len(expected)
+    return sum(a == b for a, b in zip(expected, given, strict=False)) / len(expected)

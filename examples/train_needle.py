@@ -1,0 +1,189 @@
+"""Trains the small model of `examples/needle/` from nothing, on one CPU core or a GPU.
+
+    python examples/train_needle.py --out examples/needle
+
+A 3-layer Llama learns to look things up in its context. Attention does not discover that by itself from the tasks
+alone, so training starts with the purest form of it (a random string, then the same string again; names whose code is
+told again and again) and moves to the real tasks in contexts that grow with the steps.
+"""
+
+import argparse
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+from needle_tasks import CODES, FILLER, GLUE, NAMES, make_context
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+TOKENS_PER_STEP = 4096
+PAD, UNKNOWN, START = "<pad>", "<unk>", "<s>"
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    words = [PAD, UNKNOWN, START, *GLUE, *CODES, *NAMES, *FILLER]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        eos_token=".",
+        padding_side="left",
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+# A training row is a list of words and, beside each, whether the model must predict it.
+Row = tuple[list[str], list[bool]]
+
+
+def repetition_row(rng: random.Random, length: int) -> Row:
+    """A random string twice: every word of the second copy is to be predicted, but for its first."""
+    string = rng.choices(NAMES + CODES, k=length // 2)
+    return string + string, [False] * (len(string) + 1) + [True] * (len(string) - 1)
+
+
+def told_again_row(rng: random.Random, length: int) -> Row:
+    """Names whose codes are told again and again: every code after the first time is to be predicted."""
+    names = rng.sample(NAMES, max(2, length // 28))
+    codes = dict(zip(names, rng.sample(CODES, len(names)), strict=True))
+    words, supervised, told = [], [], set()
+    while len(words) < length:
+        name = rng.choice(names)
+        words += ["the", "code", "of", name, "is", codes[name], "."]
+        supervised += [False] * 5 + [name in told, False]
+        told.add(name)
+    return words, supervised
+
+
+def task_row(rng: random.Random, length: int) -> Row:
+    """A context of the real tasks, then many of its questions, each answered."""
+    pairs = rng.choice([1, 4, 8, 16, 24, 32])
+    pairs = min(pairs, max(1, length // 16))
+    candidates = 8 if length >= 128 else rng.choice([0, 4])
+    passage = rng.randint(6, 12) if length >= 128 else rng.choice([0, 4])
+    context = make_context(rng, length, pairs, passage, candidates)
+    words = context.text.split()
+    supervised = [False] * len(words)
+    lookups = [question for question in context.questions if question.kind in ("single", "multi-key")]
+    others = [question for question in context.questions if question.kind not in ("single", "multi-key")]
+    asked = rng.sample(lookups, min(4, len(lookups))) + others
+    rng.shuffle(asked)
+    for question in asked:
+        prompt, answer = question.prompt.split(), question.answer.split() + ["."]
+        words += prompt + answer
+        supervised += [False] * len(prompt) + [True] * len(answer)
+    return words, supervised
+
+
+def draw_rows(rng: random.Random, progress: float) -> list[Row]:
+    """One step's rows: `progress` in [0, 1] is the share of the training done."""
+    if progress < 0.11:
+        length, kinds = rng.choice([32, 64, 128]), [repetition_row, told_again_row]
+    else:
+        longest = next(
+            words for end, words in [(0.2, 64), (0.3, 128), (0.45, 256), (0.6, 400), (2, 600)] if progress < end
+        )
+        length = rng.choice([longest, longest, rng.randint(48, longest)])
+        kinds = [task_row] * 6 + [told_again_row, repetition_row][: 2 if progress < 0.5 else 1]
+    size = length + (64 if length > 128 else 32)
+    return [rng.choice(kinds)(rng, length) for _ in range(max(2, TOKENS_PER_STEP // size))]
+
+
+def collate(rows: list[Row], vocabulary: dict[str, int], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows to right-padded `input_ids` and `labels`, both `[B, L]`; -100 where nothing is to be predicted."""
+    width = max(len(words) for words, _ in rows)
+    ids = torch.full((len(rows), width), pad)
+    labels = torch.full((len(rows), width), -100)
+    for row, (words, supervised) in enumerate(rows):
+        encoded = torch.tensor([vocabulary[word] for word in words])
+        ids[row, : len(words)] = encoded
+        labels[row, : len(words)] = torch.where(torch.tensor(supervised), encoded, -100)
+    return ids, labels
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    warmup = 50
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
+
+
+def train(steps: int, seed: int, device: str, out: Path, peak: float = 2e-3) -> None:
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    tokenizer = build_tokenizer()
+    vocabulary = tokenizer.get_vocab()
+    model = build_model(tokenizer).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
+
+    running, started = {}, time.time()
+    bar = tqdm(range(steps), unit="step", mininterval=10)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak)
+        ids, labels = (t.to(device) for t in collate(draw_rows(rng, step / steps), vocabulary, tokenizer.pad_token_id))
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        wanted = labels[:, 1:] != -100
+        logits = model.lm_head(hidden[wanted])
+        loss = cross_entropy(logits, labels[:, 1:][wanted])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+        accuracy = (logits.argmax(-1) == labels[:, 1:][wanted]).float().mean().item()
+        running["loss"] = 0.98 * running.get("loss", loss.item()) + 0.02 * loss.item()
+        running["accuracy"] = 0.98 * running.get("accuracy", accuracy) + 0.02 * accuracy
+        if step % 100 == 99:
+            bar.set_postfix(running, width=ids.shape[1])
+        if step % 500 == 499 or step == steps - 1:
+            save(model, tokenizer, out)
+    print(f"trained {steps} steps in {(time.time() - started) / 60:.1f} minutes: {running}")
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, do_sample=False
+    )
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "needle")
+    parser.add_argument("--steps", type=int, default=7200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; one is fastest for a model this small")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    train(arguments.steps, arguments.seed, arguments.device, arguments.out)

@@ -1,0 +1,28 @@
+"""A KV cache for transformers that folds evicted tokens into the survivors instead of throwing them away."""
+
+from .budgets import BUDGETS, Budget
+from .cache import MergingDynamicCache, MergingQuantizedCache
+from .config import MergingConfig
+from .mergers import MERGERS, Merger
+from .report import CacheReport, LayerReport
+from .scorers import SCORERS, Scorer
+from .states import LayerStates, Slots, Survivors
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BUDGETS",
+    "MERGERS",
+    "SCORERS",
+    "Budget",
+    "CacheReport",
+    "LayerReport",
+    "LayerStates",
+    "Merger",
+    "MergingConfig",
+    "MergingDynamicCache",
+    "MergingQuantizedCache",
+    "Scorer",
+    "Slots",
+    "Survivors",
+]

@@ -1,0 +1,259 @@
+"""The caches a user passes to `generate`: MergingDynamicCache and MergingQuantizedCache."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from .config import MergingConfig, resolve_config
+from .layer import MergingLayer
+from .padding import Padding
+from .quantized import QuantizedStorage, make_backend
+from .report import CacheReport, report_layers
+from .storage import DenseStorage
+
+
+class MergingDynamicCache(DynamicCache):
+    """A `DynamicCache` whose full-attention layers fold their tokens into fewer slots at the end of prefill.
+
+    Sliding-window, linear-attention and KV-sharing layers stay transformers' own.
+
+    Args:
+        config: the model's config (`model.config`). Without it every layer is taken for full attention.
+        merging: how to fold: a `MergingConfig`, a dict of its fields, or a path to its JSON file.
+        attention_mask: `[B, tokens]`, the tokenizer's mask, where the batch is padded: a cache sees keys and values
+            only. One row per prompt; rows are repeated for beams. It may also be set later, `cache.attention_mask = mask`.
+        offloading, offload_only_non_sliding: as in `DynamicCache`: keep layers in CPU memory between passes. GPUs only.
+        **options: the fields of `MergingConfig` one by one, on top of `merging`.
+
+    Raises:
+        ValueError: for options that are unknown, out of range or contradictory.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from merging_cache import MergingDynamicCache
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=64,
+        ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+        >>> prompt = torch.arange(1, 65)[None]
+        >>> cache = MergingDynamicCache(config=model.config, scorer="keydiff", compression_ratio=0.5, recent_tokens=8)
+        >>> _ = model.generate(prompt, past_key_values=cache, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        >>> cache.get_seq_length(), cache.layers[0].keys.shape[2]  # tokens seen; 32 slots and 4 generated tokens
+        (68, 36)
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        merging: MergingConfig | Mapping[str, Any] | str | Path | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
+        **options: Any,
+    ) -> None:
+        if offloading and not torch.cuda.is_available():
+            raise ValueError(
+                "offloading=True moves layers from a GPU to the CPU, but no CUDA device is available; leave it out"
+            )
+        super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        self.merging = resolve_config(merging, options)
+        self._padding = Padding(attention_mask)
+        self._is_latent = (
+            config is not None and getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+        )
+        if config is None:
+            self.layer_class_to_replicate = self._next_layer
+            return
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[index] = self._make_layer(index)
+        if not any(isinstance(layer, MergingLayer) for layer in self.layers):
+            kinds = sorted({type(layer).__name__ for layer in self.layers})
+            warnings.warn(
+                f"No layer of {type(config).__name__} has full attention over all tokens (they are {kinds}), so nothing will "
+                "be folded.",
+                stacklevel=2,
+            )
+
+    def _storage(self) -> Callable[[], DenseStorage | QuantizedStorage]:
+        """What makes the storage of a layer."""
+        return DenseStorage
+
+    def _make_layer(self, index: int) -> MergingLayer:
+        return MergingLayer(self.merging, self._padding, index, self._storage(), self._is_latent)
+
+    def _next_layer(self) -> MergingLayer:
+        return self._make_layer(len(self.layers))
+
+    @property
+    def folding_layers(self) -> list[MergingLayer]:
+        """The layers that fold."""
+        return [layer for layer in self.layers if isinstance(layer, MergingLayer)]
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """`[B, tokens]`, 0 where a token of the batch is padding; `None` where none is known to be."""
+        return self._padding.attention_mask
+
+    @attention_mask.setter
+    def attention_mask(self, attention_mask: Tensor | None) -> None:
+        self._padding.set(attention_mask)
+
+    def report(self) -> CacheReport:
+        """What every layer has seen, kept, merged and saved; `print` it for a table."""
+        return report_layers(self.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, folded ones included."""
+        return TokensSeen(super().get_seq_length(layer_idx))
+
+    def activate_past_recording(self) -> None:
+        """Fold nothing until the next `crop`. `generate` calls it for assisted decoding (transformers 5.14 and newer)."""
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens from every layer, or from none.
+
+        Raises:
+            ValueError: if a layer cannot give them back because they were folded.
+        """
+        for layer in self.folding_layers:
+            layer.check_crop(int(tokens_to_remove))
+        super().crop(int(tokens_to_remove))
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can put the whole cache back as it was."""
+        return all(getattr(layer, "is_croppable", True) for layer in self.layers)
+
+    def reset(self) -> None:
+        """Empty the cache for another prompt. The attention mask goes too: it belonged to the old batch."""
+        for layer in self.layers:
+            layer.reset()
+        self._padding.set(None)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make row `beam_idx[i]` of the batch row i."""
+        self._select_padding(beam_idx)
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        if (batch := self._batch) is not None:
+            self._select_padding(torch.arange(batch).repeat_interleave(repeats))
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows `indices`, integers or a bool mask."""
+        if (batch := self._batch) is not None:
+            self._select_padding(torch.arange(batch)[indices.cpu()])
+        super().batch_select_indices(indices)
+
+    @property
+    def _batch(self) -> int | None:
+        return next((layer.batch for layer in self.folding_layers if layer.num_stored), None)
+
+    def _select_padding(self, indices: Tensor) -> None:
+        if (batch := self._batch) is not None:
+            self._padding.select_rows(indices, batch)
+
+    def __iter__(self) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} cannot be taken apart into keys and values: positions and counts would be lost. Read "
+            "cache.layers[i].keys, .values and .positions instead"
+        )
+
+
+class MergingQuantizedCache(MergingDynamicCache):
+    """A merging cache that stores keys and values quantized.
+
+    A prompt is scored and merged in full precision and quantized once. Later tokens gather in full precision and are
+    quantized `residual_length` at a time; what is packed stays untouched until the next fold. Unlike transformers'
+    `QuantizedCache` it takes models with sliding-window layers (whose windows stay dense), and every cache operation
+    works on it.
+
+    Args:
+        backend: `"quanto"` (optimum-quanto, 4 or 2 bits), `"hqq"` or `"fp8"` (8-bit floats, no further package).
+        config: the model's config.
+        nbits: bits per element; 4.
+        axis_key, axis_value: the backend's quantization axes; by default the one whose groups lie inside a token.
+        q_group_size: elements that share a scale; by default the largest divisor of the head dimension up to 64.
+        residual_length: tokens that gather in full precision before they are quantized.
+        merging, attention_mask, **options: as for `MergingDynamicCache`.
+
+    Raises:
+        ValueError: for an unknown backend, or an option it does not have.
+        ImportError: if the backend's package is not installed.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from merging_cache import MergingQuantizedCache
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=99, hidden_size=128, intermediate_size=64,
+        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1))
+        >>> cache = MergingQuantizedCache(backend="fp8", config=model.config, compression_ratio=0.5)
+        >>> _ = model(torch.arange(1, 97)[None], past_key_values=cache)
+        >>> cache.report().bytes_now < 0.15 * cache.report().bytes_full
+        True
+    """
+
+    def __init__(
+        self,
+        backend: str = "quanto",
+        config: PreTrainedConfig | None = None,
+        nbits: int | None = None,
+        axis_key: int | None = None,
+        axis_value: int | None = None,
+        q_group_size: int | None = None,
+        residual_length: int = 128,
+        merging: MergingConfig | Mapping[str, Any] | str | Path | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        if options.pop("offloading", False):
+            raise ValueError("MergingQuantizedCache does not offload; use MergingDynamicCache(offloading=True)")
+        self._backend = make_backend(backend, nbits, axis_key, axis_value, q_group_size)
+        self._residual_length = residual_length
+        super().__init__(config, merging, attention_mask=attention_mask, **options)
+
+    def _storage(self) -> Callable[[], DenseStorage | QuantizedStorage]:
+        backend, residual_length = self._backend, self._residual_length
+        return lambda: QuantizedStorage(backend, residual_length)
+
+
+class TokensSeen(int):
+    """A count of seen tokens that catches a prompt with none to add.
+
+    `generate` takes the last `len(prompt) - seen` tokens of a prompt as the new ones, by `input_ids[:, -new:]`. For a
+    prompt no longer than what the cache has seen that slice is silently something else, and a cache is told nothing but
+    the keys that come of it. So the difference refuses to become the start of a slice.
+    """
+
+    def __rsub__(self, length: int) -> int:
+        new = int(length) - int(self)
+        return new if new > 0 else NoNewTokens(new, length, self)
+
+
+class NoNewTokens(int):
+    """A difference `length - seen` that is not positive: an ordinary number, except that it cannot be negated."""
+
+    def __new__(cls, value: int, length: int, seen: int) -> "NoNewTokens":
+        number = super().__new__(cls, value)
+        number.length, number.seen = int(length), int(seen)
+        return number
+
+    def __neg__(self) -> int:
+        raise ValueError(
+            f"The prompt has {self.length} tokens, but this cache has already seen {self.seen}. Pass the whole conversation, "
+            "which must be longer, or only its new tokens with an attention_mask over all of it, or call cache.reset() "
+            "to start another one."
+        )

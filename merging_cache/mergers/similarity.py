@@ -1,0 +1,75 @@
+"""Average each evicted value into the survivor with the most similar key: the rule this project starts from."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..states import LayerStates, Slots, Survivors
+from .base import Merger
+from .routing import Routing, nearest_survivors
+
+
+@dataclass
+class SimilarityMerger(Merger):
+    """Merging by key similarity, as proposed to kvpress in its pull request 219 (`MergingPress`).
+
+    Each evicted token i goes to the survivor j with the largest `c = cos(k_i, k_j)`, with the weight
+    `w_i = max(c, 0) |v_i| / (|v_i| + |v_j|)`, and `v_j <- (v_j + sum_i w_i v_i) / (1 + sum_i w_i)`. Sinks and recent
+    tokens take nothing in. The survivor draws as much attention as before, whatever was folded into it.
+
+    The options act in this order:
+
+    Args:
+        similarity_threshold: tokens less similar than this to every survivor are dropped.
+        merge_fraction: of those left, only this fraction (the most similar, rounded up) is merged, the rest dropped.
+        max_merge_per_token: at most this many, the most similar, are merged into one survivor; 0 for no limit.
+        value_norm_weighting: without it the weight is `max(c, 0)`.
+        merge_keys: fold keys too, with the same weights. Off, because averaging keys of different positions was
+            measured to harm.
+
+    Raises:
+        ValueError: if an option is out of its range.
+    """
+
+    similarity_threshold: float = 0.0
+    merge_fraction: float = 1.0
+    value_norm_weighting: bool = True
+    max_merge_per_token: int = 0
+    merge_keys: bool = False
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.similarity_threshold <= 1:
+            raise ValueError(f"similarity_threshold is {self.similarity_threshold}; a cosine lies in [-1, 1]")
+        if not 0 <= self.merge_fraction <= 1:
+            raise ValueError(f"merge_fraction is {self.merge_fraction}; a fraction lies in [0, 1]")
+        if self.max_merge_per_token < 0:
+            raise ValueError(f"max_merge_per_token is {self.max_merge_per_token}; use 0 for no limit")
+
+    def merge(self, states: LayerStates, survivors: Survivors) -> Slots:
+        slots = Slots.of_survivors(states, survivors)
+        if survivors.indices.shape[2] == states.num_tokens:
+            return slots
+        routing = self._route(states, survivors)
+        return replace(
+            slots,
+            keys=routing.fold(states.keys, survivors) if self.merge_keys else slots.keys,
+            values=routing.fold(states.values, survivors),
+            num_merged=routing.num_merged,
+            num_dropped=slots.num_dropped - routing.num_merged,
+        )
+
+    def _route(self, states: LayerStates, survivors: Survivors) -> Routing:
+        routing = nearest_survivors(states, survivors)
+        close_enough = routing.similarity >= self.similarity_threshold
+        weight = routing.similarity.clamp_min(0.0) * close_enough
+        if self.value_norm_weighting:
+            norms = torch.linalg.vector_norm(states.values, dim=-1, dtype=torch.float32)
+            mine = norms.gather(2, routing.evicted)
+            theirs = norms.gather(2, survivors.indices).gather(2, routing.target)
+            weight = weight * mine / (mine + theirs).clamp_min(torch.finfo(torch.float32).tiny)
+        routing = replace(routing, weight=weight)
+        if self.merge_fraction < 1:
+            routing = routing.at_most_fraction(self.merge_fraction)
+        if self.max_merge_per_token > 0:
+            routing = routing.at_most_per_survivor(self.max_merge_per_token)
+        return routing
