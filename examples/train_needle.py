@@ -65,14 +65,18 @@ Row = tuple[list[str], list[bool]]
 
 
 def repetition_row(rng: random.Random, length: int) -> Row:
-    """A random string twice: every word of the second copy is to be predicted, but for its first."""
-    string = rng.choices(NAMES + CODES, k=length // 2)
-    return string + string, [False] * (len(string) + 1) + [True] * (len(string) - 1)
+    """A random string again and again: every word after the first round is to be predicted.
+
+    The string's length is drawn anew each time, or the model would learn to look a fixed number of words back.
+    """
+    string = rng.sample(NAMES + CODES, rng.randint(4, length // 2))
+    words = (string * (length // len(string) + 1))[:length]
+    return words, [index > len(string) for index in range(length)]
 
 
 def told_again_row(rng: random.Random, length: int) -> Row:
     """Names whose codes are told again and again: every code after the first time is to be predicted."""
-    names = rng.sample(NAMES, max(2, length // 28))
+    names = rng.sample(NAMES, rng.randint(2, max(2, length // 21)))
     codes = dict(zip(names, rng.sample(CODES, len(names)), strict=True))
     words, supervised, told = [], [], set()
     while len(words) < length:
@@ -105,8 +109,8 @@ def task_row(rng: random.Random, length: int) -> Row:
 
 def draw_rows(rng: random.Random, progress: float) -> list[Row]:
     """One step's rows: `progress` in [0, 1] is the share of the training done."""
-    if progress < 0.11:
-        length, kinds = rng.choice([32, 64, 128]), [repetition_row, told_again_row]
+    if progress < 0.15:
+        length, kinds = rng.randint(32, 128), [repetition_row, told_again_row]
     else:
         longest = next(
             words for end, words in [(0.2, 64), (0.3, 128), (0.45, 256), (0.6, 400), (2, 600)] if progress < end

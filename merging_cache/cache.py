@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .config import MergingConfig, resolve_config
+from .hybrid import HybridLayer, MergingHybridLayer
 from .layer import MergingLayer
 from .padding import Padding
 from .quantized import QuantizedStorage, make_backend
@@ -27,7 +28,8 @@ class MergingDynamicCache(DynamicCache):
         config: the model's config (`model.config`). Without it every layer is taken for full attention.
         merging: how to fold: a `MergingConfig`, a dict of its fields, or a path to its JSON file.
         attention_mask: `[B, tokens]`, the tokenizer's mask, where the batch is padded: a cache sees keys and values
-            only. One row per prompt; rows are repeated for beams. It may also be set later, `cache.attention_mask = mask`.
+            only. One row per prompt; rows are repeated for beams. It may also be set later:
+            `cache.attention_mask = mask`.
         offloading, offload_only_non_sliding: as in `DynamicCache`: keep layers in CPU memory between passes. GPUs only.
         **options: the fields of `MergingConfig` one by one, on top of `merging`.
 
@@ -73,11 +75,13 @@ class MergingDynamicCache(DynamicCache):
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 self.layers[index] = self._make_layer(index)
+            elif type(layer) is HybridLayer:
+                self.layers[index] = self._make_layer(index, number_of_states=layer.number_of_states)
         if not any(isinstance(layer, MergingLayer) for layer in self.layers):
             kinds = sorted({type(layer).__name__ for layer in self.layers})
             warnings.warn(
-                f"No layer of {type(config).__name__} has full attention over all tokens (they are {kinds}), so nothing will "
-                "be folded.",
+                f"No layer of {type(config).__name__} has full attention over all tokens (they are {kinds}), so "
+                "nothing will be folded.",
                 stacklevel=2,
             )
 
@@ -85,8 +89,9 @@ class MergingDynamicCache(DynamicCache):
         """What makes the storage of a layer."""
         return DenseStorage
 
-    def _make_layer(self, index: int) -> MergingLayer:
-        return MergingLayer(self.merging, self._padding, index, self._storage(), self._is_latent)
+    def _make_layer(self, index: int, **hybrid: int) -> MergingLayer:
+        kind = MergingHybridLayer if hybrid else MergingLayer
+        return kind(self.merging, self._padding, index, self._storage(), self._is_latent, **hybrid)
 
     def _next_layer(self) -> MergingLayer:
         return self._make_layer(len(self.layers))
@@ -114,7 +119,7 @@ class MergingDynamicCache(DynamicCache):
         return TokensSeen(super().get_seq_length(layer_idx))
 
     def activate_past_recording(self) -> None:
-        """Fold nothing until the next `crop`. `generate` calls it for assisted decoding (transformers 5.14 and newer)."""
+        """Fold nothing until the next `crop`. `generate` calls it for assisted decoding (transformers >= 5.14)."""
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
@@ -142,33 +147,29 @@ class MergingDynamicCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row `beam_idx[i]` of the batch row i."""
-        self._select_padding(beam_idx)
+        # repeating and selecting rows come here too: what every kind of layer can do is to take rows by index
+        if (batch := self._batch) is not None:
+            self._padding.select_rows(beam_idx, batch)
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         if (batch := self._batch) is not None:
-            self._select_padding(torch.arange(batch).repeat_interleave(repeats))
-        super().batch_repeat_interleave(repeats)
+            self.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the rows `indices`, integers or a bool mask."""
         if (batch := self._batch) is not None:
-            self._select_padding(torch.arange(batch)[indices.cpu()])
-        super().batch_select_indices(indices)
+            self.reorder_cache(torch.arange(batch)[torch.as_tensor(indices).cpu()])
 
     @property
     def _batch(self) -> int | None:
         return next((layer.batch for layer in self.folding_layers if layer.num_stored), None)
 
-    def _select_padding(self, indices: Tensor) -> None:
-        if (batch := self._batch) is not None:
-            self._padding.select_rows(indices, batch)
-
     def __iter__(self) -> Any:
         raise TypeError(
-            f"{type(self).__name__} cannot be taken apart into keys and values: positions and counts would be lost. Read "
-            "cache.layers[i].keys, .values and .positions instead"
+            f"{type(self).__name__} cannot be taken apart into keys and values: positions and counts would be lost. "
+            "Read cache.layers[i].keys, .values and .positions instead"
         )
 
 
@@ -253,7 +254,7 @@ class NoNewTokens(int):
 
     def __neg__(self) -> int:
         raise ValueError(
-            f"The prompt has {self.length} tokens, but this cache has already seen {self.seen}. Pass the whole conversation, "
-            "which must be longer, or only its new tokens with an attention_mask over all of it, or call cache.reset() "
-            "to start another one."
+            f"The prompt has {self.length} tokens, but this cache has already seen {self.seen}. Pass the whole "
+            "conversation, which must be longer, or only its new tokens with an attention_mask over all of it, or call "
+            "cache.reset() to start another one."
         )

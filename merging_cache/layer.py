@@ -1,4 +1,4 @@
-"""MergingLayer: one attention layer's slots and tail, when they are folded, and what transformers is told of their geometry.
+"""MergingLayer: one attention layer's slots and tail, when they are folded, and their geometry for transformers.
 
 Stored keys and values are the slots of the last fold followed by the tail, the tokens appended since. Knows nothing of
 how tokens are scored, chosen and merged (`fold.py`) or of the precision they are stored in (`storage.py`).
@@ -90,7 +90,7 @@ class MergingLayer(DynamicLayer):
 
     @property
     def positions(self) -> Tensor | None:
-        """`[B, H, S]`, the position in the sequence of what each stored key came from; `None` before the first update."""
+        """`[B, H, S]`, the position in the sequence of each stored key; `None` before the first update."""
         if not self.num_stored:
             return None
         shape = self._shape
@@ -165,7 +165,7 @@ class MergingLayer(DynamicLayer):
 
     @property
     def _waits_to_fold(self) -> bool:
-        """Whether a pass of several tokens is folded later: a prompt is, at the next single token or `crop`; drafts are not."""
+        """Whether a pass of several tokens is folded later, as a prompt is and drafts are not."""
         return not self._drafting if self.record_past else self._config.fold_at == "decode"
 
     @property
@@ -180,7 +180,8 @@ class MergingLayer(DynamicLayer):
 
     def _with_stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if not self.num_stored:
-            return keys, values
+            # the layout that DynamicCache returns: another one may mean another kernel and other last bits
+            return keys.contiguous(), values.contiguous()
         stored_keys, stored_values = self._storage.read()
         return torch.cat([stored_keys, keys], dim=2), torch.cat([stored_values, values], dim=2)
 
@@ -259,9 +260,9 @@ class MergingLayer(DynamicLayer):
             if self.num_slots == 0:
                 raise ValueError(f"cannot crop {remove} tokens: layer {self.layer_idx} has seen only {self.seen}")
             raise ValueError(
-                f"cannot crop {remove} tokens from layer {self.layer_idx}: only the last {tail} are stored as they came, "
-                f"the {self.seen - tail} before them were folded into {self.num_slots} slots. Call "
-                "cache.activate_past_recording() before the pass that you want to take back, or reset() and start again"
+                f"cannot crop {remove} tokens from layer {self.layer_idx}: only the last {tail} are stored as they "
+                f"came, the {self.seen - tail} before them were folded into {self.num_slots} slots. Call "
+                "cache.activate_past_recording() before the pass that you want to take back, or reset() and start anew"
             )
         return remove
 
@@ -315,25 +316,26 @@ class MergingLayer(DynamicLayer):
             )
         if keys.shape[2] == 0:
             raise ValueError(
-                f"layer {self.layer_idx} got no new tokens. generate() slices off the {self.seen} tokens this cache has "
-                "seen: pass the whole conversation, or new tokens with an attention_mask over all of it, or reset()"
+                f"layer {self.layer_idx} got no new tokens. generate() slices off the {self.seen} tokens this cache "
+                "has seen: pass the whole conversation, or new tokens with an attention_mask over all of it, or reset()"
             )
         if not self.num_stored:
             return
         if keys.shape[0] != self._shape[0]:
             raise ValueError(
-                f"layer {self.layer_idx} holds a batch of {self._shape[0]} rows, but got {keys.shape[0]}; use a new cache "
-                "or reset() for another batch, batch_repeat_interleave() to go on with several copies of it"
+                f"layer {self.layer_idx} holds a batch of {self._shape[0]} rows, but got {keys.shape[0]}; use a new "
+                "cache or reset() for another batch, batch_repeat_interleave() to go on with several copies of it"
             )
         if keys.shape[1] != self._shape[1] or (keys.shape[3], values.shape[3]) != self._dims:
             raise ValueError(
-                f"layer {self.layer_idx} holds {self._shape[1]} KV heads with dimensions {self._dims} (keys, values), but "
-                f"got {keys.shape[1]} with {(keys.shape[3], values.shape[3])}; is this cache from another model?"
+                f"layer {self.layer_idx} holds {self._shape[1]} KV heads with dimensions {self._dims} (keys, values), "
+                f"but got {keys.shape[1]} with {(keys.shape[3], values.shape[3])}; is this cache from another model?"
             )
 
     def _check_mergeable(self, keys: Tensor, values: Tensor) -> None:
         if self._fold.merger.merges_values and (self._is_latent or keys.shape[3] != values.shape[3]):
             raise ValueError(
-                f"layer {self.layer_idx} caches keys {tuple(keys.shape)} and values {tuple(values.shape)} of a multi-head "
-                "latent attention (MLA); its values carry rotary positions and must not be averaged. Use merger='drop'"
+                f"layer {self.layer_idx} caches keys {tuple(keys.shape)} and values {tuple(values.shape)} of a "
+                "multi-head latent attention (MLA); its values carry rotary positions and must not be averaged. Use "
+                "merger='drop'"
             )

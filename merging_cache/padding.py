@@ -58,9 +58,9 @@ class Padding:
             return
         self._warned = True
         warnings.warn(
-            f"A batch of {keys.shape[0]} rows is folded without knowing its padding. If rows are padded, give the cache "
-            "the mask: MergingDynamicCache(..., attention_mask=inputs['attention_mask']); if none is, give a mask of "
-            "ones to silence this.",
+            f"A batch of {keys.shape[0]} rows is folded without knowing its padding. If rows are padded, give the "
+            "cache the mask: MergingDynamicCache(..., attention_mask=inputs['attention_mask']); if none is, give a "
+            "mask of ones to silence this.",
             stacklevel=2,
         )
 
