@@ -23,6 +23,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TOKENS_PER_STEP = 4096
+LOOKS_UP = 0.85  # accuracy on pure look-up at which the tasks begin
+CONTEXTS = [(0.06, 64), (0.15, 128), (0.3, 256), (0.5, 400), (2, 600)]  # until this share of the tasks, words
 PAD, UNKNOWN, START = "<pad>", "<unk>", "<s>"
 
 
@@ -52,7 +54,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_key_value_heads=4,
         head_dim=32,
         max_position_embeddings=1024,
-        tie_word_embeddings=False,
+        initializer_range=float(__import__("os").environ.get("INIT", "0.06")),
+        tie_word_embeddings=__import__("os").environ.get("TIE", "0") == "1",
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -107,14 +110,12 @@ def task_row(rng: random.Random, length: int) -> Row:
     return words, supervised
 
 
-def draw_rows(rng: random.Random, progress: float) -> list[Row]:
-    """One step's rows: `progress` in [0, 1] is the share of the training done."""
-    if progress < 0.15:
+def draw_rows(rng: random.Random, progress: float | None) -> list[Row]:
+    """One step's rows: pure look-up where `progress` is None, then the tasks, of which the share `progress` is done."""
+    if progress is None:
         length, kinds = rng.randint(32, 128), [repetition_row, told_again_row]
     else:
-        longest = next(
-            words for end, words in [(0.2, 64), (0.3, 128), (0.45, 256), (0.6, 400), (2, 600)] if progress < end
-        )
+        longest = next(words for end, words in CONTEXTS if progress < end)
         length = rng.choice([longest, longest, rng.randint(48, longest)])
         kinds = [task_row] * 6 + [told_again_row, repetition_row][: 2 if progress < 0.5 else 1]
     size = length + (64 if length > 128 else 32)
@@ -148,12 +149,16 @@ def train(steps: int, seed: int, device: str, out: Path, peak: float = 2e-3) -> 
     model = build_model(tokenizer).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
 
-    running, started = {}, time.time()
+    running, started, tasks_begin = {}, time.time(), None
     bar = tqdm(range(steps), unit="step", mininterval=10)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
-        ids, labels = (t.to(device) for t in collate(draw_rows(rng, step / steps), vocabulary, tokenizer.pad_token_id))
+        if tasks_begin is None and running.get("accuracy", 0.0) > LOOKS_UP:
+            tasks_begin = step
+            tqdm.write(f"looks up at step {step}")
+        progress = None if tasks_begin is None else (step - tasks_begin) / (steps - tasks_begin)
+        ids, labels = (t.to(device) for t in collate(draw_rows(rng, progress), vocabulary, tokenizer.pad_token_id))
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         wanted = labels[:, 1:] != -100
         logits = model.lm_head(hidden[wanted])

@@ -66,9 +66,8 @@ class MergingDynamicCache(DynamicCache):
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.merging = resolve_config(merging, options)
         self._padding = Padding(attention_mask)
-        self._is_latent = (
-            config is not None and getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
-        )
+        if config is not None and self.merging.compression_ratio != 0:
+            check_supported(config.get_text_config(decoder=True), self.merging)
         if config is None:
             self.layer_class_to_replicate = self._next_layer
             return
@@ -91,7 +90,7 @@ class MergingDynamicCache(DynamicCache):
 
     def _make_layer(self, index: int, **hybrid: int) -> MergingLayer:
         kind = MergingHybridLayer if hybrid else MergingLayer
-        return kind(self.merging, self._padding, index, self._storage(), self._is_latent, **hybrid)
+        return kind(self.merging, self._padding, index, self._storage(), **hybrid)
 
     def _next_layer(self) -> MergingLayer:
         return self._make_layer(len(self.layers))
@@ -229,6 +228,29 @@ class MergingQuantizedCache(MergingDynamicCache):
     def _storage(self) -> Callable[[], DenseStorage | QuantizedStorage]:
         backend, residual_length = self._backend, self._residual_length
         return lambda: QuantizedStorage(backend, residual_length)
+
+
+def check_supported(config: PreTrainedConfig, merging: MergingConfig) -> None:
+    """Refuse models whose attention would go wrong on folded slots, from what their config tells.
+
+    Raises:
+        ValueError: for a bias by the distance of a key's place in the cache, which is no longer the distance of its
+            token; and for merging the values of multi-head latent attention (MLA), which carry rotary positions.
+    """
+    relative = ("relative_attention_num_buckets", "rel_extent")  # T5 and its kin, Inkling
+    attention = getattr(config, "attn_config", None)  # MPT
+    alibi = config.model_type == "bloom" or getattr(config, "alibi", False) or getattr(attention, "alibi", False)
+    if alibi or any(getattr(config, name, None) is not None for name in relative):
+        raise ValueError(
+            f"{config.model_type} adds a position bias to its attention logits, computed from a key's place in the cache; "
+            "on folded slots that would be another token's position. Use compression_ratio=0, or a model with rotary or "
+            "absolute positions"
+        )
+    if getattr(config, "kv_lora_rank", None) is not None and merging.build().merger.merges_values:
+        raise ValueError(
+            f"{config.model_type} has multi-head latent attention (MLA), and what it caches as values carries rotary "
+            "positions, which must not be averaged. Use merger='drop'"
+        )
 
 
 class TokensSeen(int):

@@ -36,7 +36,6 @@ class MergingLayer(DynamicLayer):
         padding: Padding,
         layer_idx: int,
         storage: Callable[[], DenseStorage] = DenseStorage,
-        is_latent: bool = False,
     ) -> None:
         # not calling the parent's: it would assign `keys` and `values`, which are computed here
         self.layer_idx = layer_idx
@@ -44,7 +43,6 @@ class MergingLayer(DynamicLayer):
         self._fold = config.build()
         self._padding = padding
         self._new_storage = storage
-        self._is_latent = is_latent
         self._clear()
 
     def _clear(self) -> None:
@@ -333,9 +331,9 @@ class MergingLayer(DynamicLayer):
             )
 
     def _check_mergeable(self, keys: Tensor, values: Tensor) -> None:
-        if self._fold.merger.merges_values and (self._is_latent or keys.shape[3] != values.shape[3]):
+        if self._fold.merger.merges_values and keys.shape[3] != values.shape[3]:
             raise ValueError(
-                f"layer {self.layer_idx} caches keys {tuple(keys.shape)} and values {tuple(values.shape)} of a "
-                "multi-head latent attention (MLA); its values carry rotary positions and must not be averaged. Use "
-                "merger='drop'"
+                f"layer {self.layer_idx} caches keys {tuple(keys.shape)} and values {tuple(values.shape)}: widths that "
+                "differ are those of multi-head latent attention (MLA), whose values carry rotary positions and must not "
+                "be averaged. Use merger='drop'"
             )
