@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .config import MergingConfig, resolve_config
+from .config import MergingConfig, check_number, resolve_config
 from .hybrid import HybridLayer, MergingHybridLayer
 from .layer import MergingLayer
 from .padding import Padding
@@ -66,6 +66,7 @@ class MergingDynamicCache(DynamicCache):
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.merging = resolve_config(merging, options)
         self._padding = Padding(attention_mask)
+        self._recording = False
         if config is not None and self.merging.compression_ratio != 0:
             check_supported(config.get_text_config(decoder=True), self.merging)
         if config is None:
@@ -93,7 +94,10 @@ class MergingDynamicCache(DynamicCache):
         return kind(self.merging, self._padding, index, self._storage(), **hybrid)
 
     def _next_layer(self) -> MergingLayer:
-        return self._make_layer(len(self.layers))
+        layer = self._make_layer(len(self.layers))
+        if self._recording:
+            layer.activate_past_recording()
+        return layer
 
     @property
     def folding_layers(self) -> list[MergingLayer]:
@@ -119,6 +123,7 @@ class MergingDynamicCache(DynamicCache):
 
     def activate_past_recording(self) -> None:
         """Fold nothing until the next `crop`. `generate` calls it for assisted decoding (transformers >= 5.14)."""
+        self._recording = True  # for layers that are made later
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
@@ -140,6 +145,7 @@ class MergingDynamicCache(DynamicCache):
 
     def reset(self) -> None:
         """Empty the cache for another prompt. The attention mask goes too: it belonged to the old batch."""
+        self._recording = False
         for layer in self.layers:
             layer.reset()
         self._padding.set(None)
@@ -222,6 +228,7 @@ class MergingQuantizedCache(MergingDynamicCache):
         if options.pop("offloading", False):
             raise ValueError("MergingQuantizedCache does not offload; use MergingDynamicCache(offloading=True)")
         self._backend = make_backend(backend, nbits, axis_key, axis_value, q_group_size)
+        check_number("residual_length", residual_length, int, minimum=1)
         self._residual_length = residual_length
         super().__init__(config, merging, attention_mask=attention_mask, **options)
 

@@ -94,7 +94,7 @@ class HQQBackend(Backend):
         self.quantizer = Quantizer
 
     def quantize(self, states: Tensor, axis: int) -> Any:
-        return self.quantizer.quantize(
+        packed, meta = self.quantizer.quantize(
             states,
             nbits=self.nbits,
             axis=axis,
@@ -102,6 +102,8 @@ class HQQBackend(Backend):
             device=str(states.device),
             compute_dtype=states.dtype,
         )
+        meta["compute_dtype"] = states.dtype  # hqq computes scales in fp32 and leaves this to whoever calls it
+        return packed, meta
 
     def dequantize(self, packed: Any) -> Tensor:
         states, meta = packed

@@ -1,0 +1,153 @@
+"""MergingConfig: defaults, round trips, and what it says to bad input."""
+
+import json
+
+import pytest
+import torch
+from merging_cache import MergingConfig, MergingDynamicCache, Scorer
+from merging_cache.mergers import SimilarityMerger
+from merging_cache.scorers import KnormScorer, LagKVScorer
+
+pytestmark = pytest.mark.core
+
+
+def test_defaults():
+    config = MergingConfig()
+    assert config.to_dict() == {
+        "scorer": "keydiff",
+        "compression_ratio": 0.5,
+        "max_tokens": None,
+        "budget": "uniform",
+        "merger": "similarity",
+        "sink_tokens": 4,
+        "recent_tokens": 32,
+        "fold_at": "prefill",
+    }
+    assert config.build().merger == SimilarityMerger(
+        similarity_threshold=0.0, merge_fraction=1.0, value_norm_weighting=True, max_merge_per_token=0, merge_keys=False
+    )
+
+
+@pytest.mark.parametrize(("seen", "ratio", "slots"), [(64, 0.5, 32), (65, 0.5, 32), (1, 0.5, 1), (10, 0.75, 2), (7, 0, 7), (3, 0.9, 1)])
+def test_slots_by_ratio(seen, ratio, slots):
+    assert MergingConfig(compression_ratio=ratio).num_slots(seen) == slots
+
+
+@pytest.mark.parametrize(("seen", "slots"), [(64, 16), (16, 16), (9, 9)])
+def test_slots_by_max_tokens(seen, slots):
+    config = MergingConfig(max_tokens=16)
+    assert config.compression_ratio is None
+    assert config.num_slots(seen) == slots
+
+
+CONFIGS = [
+    MergingConfig(),
+    MergingConfig(max_tokens=7, fold_at="decode"),
+    MergingConfig(scorer={"name": "lagkv", "lag_size": 16}, merger={"name": "similarity", "merge_fraction": 0.75}),
+    MergingConfig(scorer=LagKVScorer(lag_size=16), merger=SimilarityMerger(merge_keys=True), compression_ratio=0),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_round_trips(config, tmp_path):
+    path = tmp_path / "merging.json"
+    config.to_json_file(path)
+    for other in (MergingConfig.from_dict(config.to_dict()), MergingConfig.from_json_file(path)):
+        assert other.build() == config.build()
+        assert other.to_dict() == config.to_dict()
+    assert json.loads(path.read_text()) == config.to_dict()
+
+
+def test_own_objects_stay_objects_and_do_not_fit_json(tmp_path):
+    class Mine(Scorer):
+        def score(self, states):
+            return states.keys.sum(-1)
+
+    config = MergingConfig(scorer=Mine())
+    assert config.to_dict()["scorer"] is config.scorer
+    with pytest.raises(ValueError, match="scorer is .*Mine.* which JSON cannot hold"):
+        config.to_json_file(tmp_path / "merging.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scorer": "knrom"}, "unknown scorer 'knrom'; choose one of .*'knorm'"),
+        ({"scorer": {"lag_size": 3}}, "unknown scorer None"),
+        ({"scorer": {"name": "lagkv", "lag": 3}}, r"scorer 'lagkv' does not take {'lag': 3}; its options are \['n_sink'"),
+        ({"budget": "adaptive"}, "unknown budget 'adaptive'; choose one of"),
+        ({"merger": "mean"}, "unknown merger 'mean'; choose one of"),
+        ({"compression_ratio": 1.0}, "compression_ratio is 1.0"),
+        ({"compression_ratio": -0.1}, "compression_ratio is -0.1"),
+        ({"compression_ratio": float("nan")}, "compression_ratio is nan"),
+        ({"compression_ratio": 0.5, "max_tokens": 4}, "compression_ratio=0.5 and max_tokens=4 are both given"),
+        ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
+        ({"sink_tokens": -1}, "sink_tokens is -1"),
+        ({"recent_tokens": -1}, "recent_tokens is -1"),
+        ({"fold_at": "never"}, "fold_at is 'never'; choose one of"),
+        ({"compression": 0.5}, "unknown option 'compression'; the options are"),
+    ],
+)
+def test_bad_values(options, message):
+    with pytest.raises(ValueError, match=message):
+        MergingConfig.from_dict(options)
+    with pytest.raises(ValueError, match=message):
+        MergingDynamicCache(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scorer": 3}, "scorer is 3; give a name"),
+        ({"scorer": KnormScorer}, "scorer is <class .*give a name, a dict with a name and options, or a Scorer object"),
+        ({"merger": SimilarityMerger}, "merger is <class"),
+        ({"max_tokens": 4.5}, "max_tokens is 4.5; it must be an integer"),
+        ({"compression_ratio": "0.5"}, "compression_ratio is '0.5'; it must be a number"),
+        ({"sink_tokens": True}, "sink_tokens is True"),
+    ],
+)
+def test_bad_types(options, message):
+    with pytest.raises(TypeError, match=message):
+        MergingConfig(**options)
+
+
+def test_scorers_that_need_queries_are_refused():
+    class Needy(Scorer):
+        needs_queries = True
+
+        def score(self, states):
+            return states.queries
+
+    with pytest.raises(ValueError, match="scorer Needy needs queries"):
+        MergingConfig(scorer=Needy())
+
+
+def test_cache_takes_config_dict_file_and_options(tmp_path):
+    config = MergingConfig(scorer="knorm", max_tokens=9)
+    path = tmp_path / "merging.json"
+    config.to_json_file(path)
+    for merging in (config, config.to_dict(), path, str(path)):
+        assert MergingDynamicCache(merging=merging).merging == config
+    assert MergingDynamicCache(scorer="knorm", max_tokens=9).merging == config
+    # options go on top, and a ratio replaces a number of tokens
+    mixed = MergingDynamicCache(merging=config, compression_ratio=0.25, sink_tokens=1).merging
+    assert (mixed.scorer, mixed.compression_ratio, mixed.max_tokens, mixed.sink_tokens) == ("knorm", 0.25, None, 1)
+    assert MergingDynamicCache(merging=MergingConfig(), max_tokens=3).merging.compression_ratio is None
+    with pytest.raises(TypeError, match="merging is 3"):
+        MergingDynamicCache(merging=3)
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds a JSON list"):
+        MergingConfig.from_json_file(tmp_path / "list.json")
+
+
+def test_a_learned_scorer_is_shared_by_copies_of_a_cache():
+    import copy
+
+    class Learned(torch.nn.Module):
+        def forward(self, states):
+            return states.keys.sum(-1)
+
+    cache = MergingDynamicCache(scorer=Learned(), sink_tokens=0, recent_tokens=0)
+    cache.update(torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4), 0)
+    twin = copy.deepcopy(cache)
+    assert twin.layers[0]._fold is cache.layers[0]._fold

@@ -1,0 +1,106 @@
+"""Every scorer against its formula written out with loops."""
+
+from functools import partial
+
+import pytest
+import reference
+import torch
+from merging_cache import SCORERS, LayerStates
+from merging_cache.scorers import CURScorer, LagKVScorer, RandomScorer, StreamingLLMScorer
+
+pytestmark = pytest.mark.core
+
+FORMULAS = {
+    "knorm": ({}, reference.knorm),
+    "value_norm": ({}, reference.value_norm),
+    "keydiff": ({}, reference.keydiff),
+    "streaming_llm": ({}, reference.streaming_llm),
+    "lagkv": ({"n_sink": 3, "lag_size": 8}, partial(reference.lagkv, n_sink=3, lag_size=8)),
+    "cur": ({}, reference.cur),
+}
+
+
+def random_states(length, batch=2, heads=3, dim=6, dtype=torch.float32):
+    return LayerStates(
+        torch.randn(batch, heads, length, dim).to(dtype), torch.randn(batch, heads, length, dim).to(dtype), layer_idx=0
+    )
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("length", [1, 2, 5, 18, 19, 37, 64])
+def test_equals_formula(name, length):
+    options, formula = FORMULAS[name]
+    states = random_states(length)
+    expected = reference.per_head(states, formula)
+    torch.testing.assert_close(SCORERS[name](**options).score(states), expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(SCORERS))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_scored_in_fp32(name, dtype):
+    states = random_states(40, dtype=dtype)
+    scorer = SCORERS[name](**({"seed": 3} if name == "random" else {}))
+    wide = LayerStates(states.keys.float(), states.values.float(), layer_idx=0)
+    score = scorer.score(states)
+    assert score.dtype == torch.float32
+    assert torch.equal(score, scorer.score(wide))
+
+
+@pytest.mark.parametrize("name", sorted(SCORERS))
+def test_rows_do_not_see_each_other(name):
+    states = random_states(300)
+    scorer = SCORERS[name](**({"seed": 3} if name == "random" else {}))
+    first = LayerStates(states.keys[:1], states.values[:1], layer_idx=0)
+    torch.testing.assert_close(scorer.score(states)[:1], scorer.score(first), rtol=1e-5, atol=1e-6)
+
+
+def test_random_is_reproducible_and_differs_between_layers():
+    states = random_states(20)
+    other = LayerStates(states.keys, states.values, layer_idx=1)
+    scorer = RandomScorer(seed=1)
+    assert torch.equal(scorer.score(states), scorer.score(states))
+    assert not torch.equal(scorer.score(states), scorer.score(other))
+    assert not torch.equal(scorer.score(states), RandomScorer(seed=2).score(states))
+    assert not torch.equal(RandomScorer().score(states), RandomScorer().score(states))
+
+
+def test_lagkv_cross_block_keeps_the_softmax():
+    states = random_states(3 + 4 * 8)
+    scores = LagKVScorer(n_sink=3, lag_size=8, cross_block=True).score(states)
+    torch.testing.assert_close(scores[:, :, 3:27].unflatten(2, (3, 8)).sum(-1), torch.ones(2, 3, 3))
+
+
+def test_lagkv_survives_constant_channels():
+    states = LayerStates(torch.ones(1, 1, 20, 4), torch.zeros(1, 1, 20, 4))
+    assert LagKVScorer(n_sink=0, lag_size=5).score(states).isfinite().all()
+
+
+@pytest.mark.parametrize("leverage", ["kv_avg", "key", "value", "kv_product"])
+def test_cur_variants(leverage):
+    states = random_states(30)
+    k, v = states.keys.square().sum(-1), states.values.square().sum(-1)
+    expected = {"kv_avg": (k + v) / 2, "key": k, "value": v, "kv_product": k * v}[leverage]
+    expected = expected / expected.sum(-1, keepdim=True)
+    expected[..., :4] = 1
+    torch.testing.assert_close(CURScorer(leverage=leverage, use_local_approximation=False).score(states), expected)
+
+
+def test_cur_random_projection_is_seeded():
+    states = random_states(30)
+    scorer = CURScorer(use_random_projection=True)
+    assert torch.equal(scorer.score(states), scorer.score(states))
+    assert not torch.equal(scorer.score(states), CURScorer(use_random_projection=True, seed=1).score(states))
+
+
+@pytest.mark.parametrize(
+    ("scorer", "options", "message"),
+    [
+        (StreamingLLMScorer, {"n_sink": -1}, "n_sink is -1"),
+        (LagKVScorer, {"lag_size": 0}, "lag_size 0"),
+        (CURScorer, {"leverage": "both"}, "leverage is 'both'; choose one of"),
+        (CURScorer, {"local_window_size": 0}, "local_window_size 0"),
+    ],
+)
+def test_bad_options(scorer, options, message):
+    with pytest.raises(ValueError, match=message):
+        scorer(**options)
