@@ -284,7 +284,7 @@ def make_context(rng: random.Random, words: int, pairs: int, passage: int = 12, 
     return Context(" ".join(word for sentence in sentences for word in sentence), questions)
 
 
-def test_context(rng: random.Random, kind: str, words: int = 512) -> tuple[str, Question]:
+def held_out(rng: random.Random, kind: str, words: int = 512) -> tuple[str, Question]:
     """One held-out example of `kind` ("single", "multi-key", "copy", "frequent") over at least `words` words."""
     context = make_context(rng, words, pairs={"single": 1, "multi-key": 24}.get(kind, 8))
     return context.text, rng.choice([question for question in context.questions if question.kind == kind])

@@ -66,6 +66,7 @@ SMALL = {
     "n_ctx": 512,
     "max_seq_len": 512,
     "sliding_window": 16,
+    "attention_chunk_size": 16,
     "attention_window": 16,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -113,12 +114,10 @@ EVEN_IF_NONE = {"head_dim", "num_key_value_heads"}
 # what the general rule gets wrong, by model type
 SPECIAL = {
     "bamba": {"attn_layer_indices": [1]},
-    "dbrx": {},
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "musicgen": {},
     "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4},
-    "xlm": {"use_lang_emb": False},
 }
 # attributes whose change would make a config contradict itself
 KEEP = {
@@ -144,6 +143,8 @@ def small_values(config, layers: int) -> dict:
                 values[name] = layers
         elif name == "head_dim" and hasattr(config, "qk_rope_head_dim"):
             values[name] = SMALL["qk_rope_head_dim"]  # latent attention: the part that turns
+        elif name == "num_key_value_heads" and hasattr(config, "qk_rope_head_dim"):
+            values[name] = SMALL["num_attention_heads"]
         elif not isinstance(current, (list, tuple, dict)) and (current is not None or name in EVEN_IF_NONE):
             values[name] = SMALL[name]
     return values

@@ -29,7 +29,9 @@ def cosine(x, y):
 def per_head(states, score_head):
     """Apply `score_head(keys, values) -> list` to every row and head: `[B, H, L]`."""
     keys, values = vectors(states.keys), vectors(states.values)
-    return torch.tensor([[score_head(k, v) for k, v in zip(*row, strict=True)] for row in zip(keys, values, strict=True)])
+    return torch.tensor(
+        [[score_head(k, v) for k, v in zip(*row, strict=True)] for row in zip(keys, values, strict=True)]
+    )
 
 
 def knorm(keys, values):
@@ -135,7 +137,9 @@ def similarity_merge(
         for j in kept:
             mine = [(i, w) for _, i, target, w in plan if target == j]
             total = 1 + sum(w for _, w in mine)
-            result.append([(states[j][d] + sum(w * states[i][d] for i, w in mine)) / total for d in range(len(states[j]))])
+            result.append(
+                [(states[j][d] + sum(w * states[i][d] for i, w in mine)) / total for d in range(len(states[j]))]
+            )
         return result
 
     folded_keys = fold(keys) if merge_keys else [keys[j] for j in kept]

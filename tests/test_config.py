@@ -28,7 +28,9 @@ def test_defaults():
     )
 
 
-@pytest.mark.parametrize(("seen", "ratio", "slots"), [(64, 0.5, 32), (65, 0.5, 32), (1, 0.5, 1), (10, 0.75, 2), (7, 0, 7), (3, 0.9, 1)])
+@pytest.mark.parametrize(
+    ("seen", "ratio", "slots"), [(64, 0.5, 32), (65, 0.5, 32), (1, 0.5, 1), (10, 0.75, 2), (7, 0, 7), (3, 0.9, 1)]
+)
 def test_slots_by_ratio(seen, ratio, slots):
     assert MergingConfig(compression_ratio=ratio).num_slots(seen) == slots
 
@@ -74,7 +76,10 @@ def test_own_objects_stay_objects_and_do_not_fit_json(tmp_path):
     [
         ({"scorer": "knrom"}, "unknown scorer 'knrom'; choose one of .*'knorm'"),
         ({"scorer": {"lag_size": 3}}, "unknown scorer None"),
-        ({"scorer": {"name": "lagkv", "lag": 3}}, r"scorer 'lagkv' does not take {'lag': 3}; its options are \['n_sink'"),
+        (
+            {"scorer": {"name": "lagkv", "lag": 3}},
+            r"scorer 'lagkv' does not take {'lag': 3}; its options are \['n_sink'",
+        ),
         ({"budget": "adaptive"}, "unknown budget 'adaptive'; choose one of"),
         ({"merger": "mean"}, "unknown merger 'mean'; choose one of"),
         ({"compression_ratio": 1.0}, "compression_ratio is 1.0"),

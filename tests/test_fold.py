@@ -24,7 +24,11 @@ def left_padding(pads, length):
 
 
 @given(
-    st.integers(2, 40), st.integers(0, 6), st.integers(0, 12), st.sampled_from(["knorm", "keydiff", "value_norm"]), st.data()
+    st.integers(2, 40),
+    st.integers(0, 6),
+    st.integers(0, 12),
+    st.sampled_from(["knorm", "keydiff", "value_norm"]),
+    st.data(),
 )
 def test_fold_equals_loops(length, sinks, recent, scorer, data):
     num_slots = data.draw(st.integers(1, length - 1))
@@ -42,7 +46,9 @@ def test_fold_equals_loops(length, sinks, recent, scorer, data):
             assert (slots.num_merged[row, head], slots.num_dropped[row, head]) == (merged, dropped)
 
 
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=4), st.integers(1, 29), st.sampled_from(["drop", "similarity"]))
+@given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=4), st.integers(1, 29), st.sampled_from(["drop", "similarity"])
+)
 def test_padded_rows_fold_as_if_alone(pads, num_slots, merger):
     length = 30
     torch.manual_seed(sum(pads))

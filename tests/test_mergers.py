@@ -34,7 +34,10 @@ def some_survivors(length, kept, batch=2, heads=3, protect=0):
 
 def some_states(length, batch=2, heads=3, dim=5):
     # tokens in clusters, so that similarities spread
-    keys = torch.randn(batch, heads, length, dim) + 2 * torch.randn(batch, heads, 4, dim)[:, :, torch.randint(4, (length,))]
+    keys = (
+        torch.randn(batch, heads, length, dim)
+        + 2 * torch.randn(batch, heads, 4, dim)[:, :, torch.randint(4, (length,))]
+    )
     return LayerStates(keys, torch.randn(batch, heads, length, dim) * torch.rand(batch, heads, length, 1) * 3)
 
 

@@ -19,7 +19,15 @@ BACKENDS = {
 }
 FOLD = {"scorer": "knorm", "compression_ratio": 0.5, "sink_tokens": 2, "recent_tokens": 5}
 # relative error of N(0, 1) values after a round trip: as published for these formats, with some room
-ERROR = {"quanto4": 0.1, "quanto2": 0.5, "quanto4-across-tokens": 0.1, "fp8": 0.03, "hqq4": 0.1, "hqq2": 0.5, "hqq4-across-tokens": 0.1}
+ERROR = {
+    "quanto4": 0.1,
+    "quanto2": 0.5,
+    "quanto4-across-tokens": 0.1,
+    "fp8": 0.03,
+    "hqq4": 0.1,
+    "hqq2": 0.5,
+    "hqq4-across-tokens": 0.1,
+}
 
 
 def build(name, **options):
@@ -189,7 +197,12 @@ def test_waiting_prompts_stay_exact(name):
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 0.085), (torch.bfloat16, 0.17)])
 def test_bytes_at_four_bits_and_half_the_tokens(dtype, bound):
     config = LlamaConfig(
-        vocab_size=99, hidden_size=256, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=99,
+        hidden_size=256,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     model = LlamaForCausalLM(config).to(dtype)
     cache = MergingQuantizedCache("quanto", nbits=4, config=config, compression_ratio=0.5)

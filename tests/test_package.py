@@ -1,0 +1,171 @@
+"""The package as a whole: importing it changes nothing, the rooms keep apart, folding long layers is frugal."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import merging_cache
+import pytest
+import torch
+from merging_cache import LayerStates, MergingConfig
+from models import CACHES, greedy, llama, prompt
+
+pytestmark = pytest.mark.core
+PACKAGE = Path(merging_cache.__file__).parent
+
+
+def test_importing_changes_nothing_in_transformers():
+    script = """
+import transformers, sys
+from transformers import cache_utils, masking_utils, modeling_utils, AttentionInterface
+from transformers.models.llama import modeling_llama
+
+def snapshot():
+    state = {}
+    for name, module in sorted(sys.modules.items()):
+        if name.startswith("transformers.") and hasattr(module, "__dict__"):
+            for key, value in list(vars(module).items()):
+                if isinstance(value, type):
+                    state[name, key] = (id(value), tuple(sorted((k, id(v)) for k, v in vars(value).items() if callable(v))))
+                elif callable(value):
+                    state[name, key] = id(value)
+    return state
+
+tables = [dict(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING)] if hasattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING") else []
+attention = {**modeling_utils.ALL_ATTENTION_FUNCTIONS}
+before = snapshot()
+import merging_cache
+merging_cache.MergingDynamicCache()
+merging_cache.MergingQuantizedCache("fp8")
+after = snapshot()
+assert {key: after[key] for key in before} == before
+assert {**modeling_utils.ALL_ATTENTION_FUNCTIONS} == attention
+if tables:
+    assert dict(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING) == tables[0]
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_other_caches_are_untouched_by_ours():
+    from transformers import DynamicCache
+
+    model, ids = llama(), prompt(40)
+    before = greedy(model, ids, past_key_values=DynamicCache(config=model.config))
+    greedy(model, ids, past_key_values=CACHES["dynamic"](model, compression_ratio=0.5))
+    after = greedy(model, ids, past_key_values=DynamicCache(config=model.config))
+    assert torch.equal(torch.stack(before.logits), torch.stack(after.logits))
+
+
+def imports_of(path):
+    """The modules a file imports, relative ones as `.name`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or "")
+
+
+@pytest.mark.parametrize("room", ["scorers", "budgets", "mergers"])
+def test_stages_know_torch_and_the_records_only(room):
+    for path in (PACKAGE / room).glob("*.py"):
+        for module in imports_of(path):
+            top = module.split(".")[0] or "."
+            inside = module.startswith(".") and (not module.startswith("..") or module == "..states")
+            assert inside or top in {"torch", "math", "abc", "collections", "dataclasses", "typing"}, (
+                path.name,
+                module,
+            )
+
+
+def test_only_four_files_know_transformers():
+    knowing = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if any(module.split(".")[0] == "transformers" for module in imports_of(path))
+    }
+    assert knowing == {"cache.py", "layer.py", "hybrid.py"}
+
+
+def test_every_file_says_what_it_is_for():
+    for path in PACKAGE.rglob("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+FOLD_32K = """
+import threading, time, sys
+import psutil, torch
+from merging_cache import LayerStates, MergingConfig
+torch.set_num_threads(2)
+tokens = 32768
+states = LayerStates(torch.randn(1, 8, tokens, 128), torch.randn(1, 8, tokens, 128), layer_idx=0)
+fold = MergingConfig(scorer="keydiff", merger="similarity").build()
+process = psutil.Process()
+before, peak, done = process.memory_info().rss, 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, process.memory_info().rss)
+        time.sleep(0.002)
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+slots = fold(states, tokens // 2)
+done.set()
+watcher.join()
+outputs = slots.keys.nbytes + slots.values.nbytes
+print((peak - before - outputs) / 2**30)
+"""
+
+
+def test_folding_32k_tokens_takes_little_memory():
+    """8 KV heads of dimension 128 in fp32, half of 32,768 tokens: less than 0.7 GiB beyond inputs and outputs."""
+    done = subprocess.run([sys.executable, "-c", FOLD_32K], check=True, timeout=600, capture_output=True, text=True)
+    added = float(done.stdout)
+    print(f"added {added:.3f} GiB")
+    assert added < 0.7
+
+
+def test_routing_grows_with_the_length_not_its_square(monkeypatch):
+    from merging_cache.mergers import routing
+
+    largest = 0
+    multiply = torch.baddbmm
+
+    def watched(*args, **kwargs):
+        nonlocal largest
+        result = multiply(*args, **kwargs)
+        largest = max(largest, result.numel())
+        return result
+
+    monkeypatch.setattr(routing.torch, "baddbmm", watched)
+    monkeypatch.setattr(routing, "TILE", 1 << 14)
+    states = LayerStates(torch.randn(1, 2, 4096, 8), torch.randn(1, 2, 4096, 8))
+    MergingConfig().build()(states, 2048)
+    assert 0 < largest <= 1 << 14
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_everything_stays_there():
+    model = llama().cuda()
+    for kind in ("dynamic", "quanto", "fp8"):
+        cache = CACHES[kind](model, compression_ratio=0.5)
+        output = greedy(model, prompt(64).cuda(), past_key_values=cache)
+        assert cache.layers[0].keys.device.type == "cuda"
+        again = CACHES[kind](model, compression_ratio=0.5)
+        assert torch.equal(
+            torch.stack(output.logits), torch.stack(greedy(model, prompt(64).cuda(), past_key_values=again).logits)
+        )
+
+
+@pytest.mark.gpu
+def test_offloading_on_a_gpu_changes_nothing():
+    from merging_cache import MergingDynamicCache
+
+    model, ids = llama().cuda(), prompt(64).cuda()
+    outputs = [
+        greedy(model, ids, past_key_values=MergingDynamicCache(config=model.config, offloading=offloading))
+        for offloading in (False, True)
+    ]
+    assert torch.equal(torch.stack(outputs[0].logits), torch.stack(outputs[1].logits))

@@ -1,0 +1,58 @@
+"""The report: its numbers against the storage itself, and its table."""
+
+import pytest
+import torch
+from merging_cache import MergingDynamicCache
+from models import CACHES, greedy, llama, prompt, tiny_model
+
+pytestmark = pytest.mark.core
+
+
+def test_numbers():
+    model = llama()
+    cache = CACHES["dynamic"](model, compression_ratio=0.5)
+    greedy(model, prompt(64), past_key_values=cache, new_tokens=3)
+    report = cache.report()
+    assert (report.tokens_seen, report.slots) == (66, 2 * 34)
+    assert report.tokens_merged + report.tokens_dropped == 2 * 32
+    element = 2 * 16 * 4 * 2  # heads, dimension, bytes, keys and values
+    assert report.bytes_full == 2 * 66 * element
+    room = 32 + 1 + 16  # one append grew the buffer by a block
+    assert report.bytes_now == 2 * (room * element + 2 * 32 * 4 + 2 * 2 * 8)
+    for row, layer in zip(report.layers, cache.layers, strict=True):
+        assert row.tokens_merged == layer.num_merged.float().mean()
+        assert row.bytes_now == layer.nbytes
+
+
+def test_an_empty_cache():
+    report = MergingDynamicCache().report()
+    assert (report.tokens_seen, report.slots, report.bytes_now, report.bytes_full) == (0, 0, 0, 0)
+    assert str(report).splitlines()[0].split()[:3] == ["layer", "kind", "seen"]
+
+
+def test_the_table_is_aligned():
+    model = tiny_model("gemma3_text")
+    cache = CACHES["dynamic"](model, compression_ratio=0.5)
+    model(prompt(1200), past_key_values=cache)
+    lines = str(cache.report()).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert len(lines) == 1 + 1 + 2 + 1 + 1
+    assert "folding" in lines[3]
+    assert "1,200" in lines[3]
+    assert lines[-1].startswith("all")
+    # the columns end where their titles end
+    for title in ("seen", "slots", "bytes", "share"):
+        end = lines[0].index(f"{title}") + len(title)
+        assert all(line[end - 1] != " " for line in lines[2:4])
+
+
+def test_linear_layers_are_counted():
+    model = tiny_model("qwen3_next")
+    cache = CACHES["dynamic"](model, compression_ratio=0.5)
+    if not any("Linear" in type(layer).__name__ for layer in cache.layers):
+        pytest.skip("this transformers gives the family a cache of its own")
+    model(prompt(40), past_key_values=cache)
+    rows = {row.kind: row for row in cache.report().layers}
+    linear = next(layer for layer in cache.layers if "Linear" in type(layer).__name__)
+    held = [*linear.conv_states.values(), *linear.recurrent_states.values()]
+    assert rows["LinearAttentionLayer"].bytes_now == sum(t.nbytes for t in held if isinstance(t, torch.Tensor))
