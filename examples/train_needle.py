@@ -15,13 +15,14 @@ import time
 from pathlib import Path
 
 import torch
-from needle_tasks import CODES, FILLER, GLUE, NAMES, make_context
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from needle_tasks import CODES, FILLER, GLUE, NAMES, make_context
 
 TOKENS_PER_STEP = 4096
 LOOKS_UP = 0.85  # accuracy on pure look-up at which the tasks begin
@@ -104,7 +105,7 @@ def task_row(rng: random.Random, length: int) -> Row:
     asked = rng.sample(lookups, min(4, len(lookups))) + others
     rng.shuffle(asked)
     for question in asked:
-        prompt, answer = question.prompt.split(), question.answer.split() + ["."]
+        prompt, answer = question.prompt.split(), [*question.answer.split(), "."]
         words += prompt + answer
         supervised += [False] * len(prompt) + [True] * len(answer)
     return words, supervised

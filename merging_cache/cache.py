@@ -249,9 +249,9 @@ def check_supported(config: PreTrainedConfig, merging: MergingConfig) -> None:
     alibi = config.model_type == "bloom" or getattr(config, "alibi", False) or getattr(attention, "alibi", False)
     if alibi or any(getattr(config, name, None) is not None for name in relative):
         raise ValueError(
-            f"{config.model_type} adds a position bias to its attention logits, computed from a key's place in the cache; "
-            "on folded slots that would be another token's position. Use compression_ratio=0, or a model with rotary or "
-            "absolute positions"
+            f"{config.model_type} adds a position bias to its attention logits, computed from a key's place in the "
+            "cache; on folded slots that would be another token's position. Use compression_ratio=0, or a model with "
+            "rotary or absolute positions"
         )
     if getattr(config, "kv_lora_rank", None) is not None and merging.build().merger.merges_values:
         raise ValueError(

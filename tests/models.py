@@ -1,6 +1,7 @@
 """The tiny models the suite runs, built from configs, and the caches it gives them."""
 
 import torch
+
 from architectures import tiny_config, tiny_model
 from merging_cache import MergingDynamicCache, MergingQuantizedCache
 

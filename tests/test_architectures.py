@@ -4,9 +4,10 @@ import warnings
 
 import pytest
 import torch
+from transformers import DynamicCache
+
 from architectures import causal_lm_types, tiny_model
 from merging_cache import MergingDynamicCache, Scorer
-from transformers import DynamicCache
 
 LENGTH, WINDOW = 48, 16
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from merging_cache import MergingConfig, MergingDynamicCache, Scorer
 from merging_cache.mergers import SimilarityMerger
 from merging_cache.scorers import KnormScorer, LagKVScorer

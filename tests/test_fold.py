@@ -1,10 +1,13 @@
 """A fold as a whole: protection, padding, position order, guards."""
 
+import itertools
+
 import pytest
-import reference
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+
+import reference
 from merging_cache import LayerStates, MergingConfig, Scorer
 from merging_cache.scorers import FunctionScorer
 
@@ -40,6 +43,10 @@ def test_fold_equals_loops(length, sinks, recent, scorer, data):
         for head in range(2):
             keys, values = states.keys[row, head].double().tolist(), states.values[row, head].double().tolist()
             scores = getattr(reference, scorer)(keys, values)
+            ranked = sorted(scores)
+            assume(
+                all(b - a > 1e-5 for a, b in itertools.pairwise(ranked))
+            )  # fp32 cannot tell what is nearer than that
             kept, _, merged_values, merged, dropped = reference.fold_row(keys, values, scores, num_slots, sinks, recent)
             assert slots.positions[row, head].tolist() == kept
             torch.testing.assert_close(slots.values[row, head], torch.tensor(merged_values), rtol=1e-4, atol=1e-4)

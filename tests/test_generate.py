@@ -1,11 +1,12 @@
-"""Every way `generate` can run, each equal to a reference: transformers' own cache, the same cache fed by hand, or rows alone."""
+"""Every way `generate` can run, each equal to a reference: transformers' cache, ours fed by hand, or rows alone."""
 
 import copy
 
 import pytest
 import torch
-from models import CACHES, WINDOW, assert_same_cache, greedy, left_padded, llama, prompt, stored, tiny_model
 from transformers import DynamicCache, QuantizedCache
+
+from models import CACHES, WINDOW, assert_same_cache, greedy, left_padded, llama, prompt, stored, tiny_model
 
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("ignore:A batch of")]
 

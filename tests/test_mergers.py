@@ -1,10 +1,11 @@
 """Budgets, mergers and routing against the rules written out with loops, and their properties."""
 
 import pytest
-import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import reference
 from merging_cache import BUDGETS, LayerStates, Survivors
 from merging_cache.budgets.base import top_tokens
 from merging_cache.mergers import DropMerger, SimilarityMerger, routing

@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from architectures import tiny_config
-from merging_cache import MergingDynamicCache, MergingQuantizedCache
-from models import CACHES, WINDOW, greedy, prompt, tiny_model
 from transformers import (
     AutoModelForSeq2SeqLM,
     DynamicCache,
@@ -12,6 +9,10 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+
+from architectures import tiny_config
+from merging_cache import MergingDynamicCache, MergingQuantizedCache
+from models import CACHES, WINDOW, greedy, prompt, tiny_model
 
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("ignore")]
 
@@ -26,7 +27,12 @@ attentions = pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def build(family, attention="sdpa"):
     if family in ("gpt_oss", "gemma2"):
         attention = "eager"  # attention sinks and soft caps have no sdpa path
-    return tiny_model(family, attention=attention)
+    try:
+        return tiny_model(family, attention=attention)
+    except Exception as error:
+        if family not in LINEAR:
+            raise
+        pytest.skip(f"this transformers cannot build the family from its config: {error}")
 
 
 def keeps_its_own_cache(family, model):

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import merging_cache
 import pytest
 import torch
+
+import merging_cache
 from merging_cache import LayerStates, MergingConfig
 from models import CACHES, greedy, llama, prompt
 
@@ -27,7 +28,8 @@ def snapshot():
         if name.startswith("transformers.") and hasattr(module, "__dict__"):
             for key, value in list(vars(module).items()):
                 if isinstance(value, type):
-                    state[name, key] = (id(value), tuple(sorted((k, id(v)) for k, v in vars(value).items() if callable(v))))
+                    methods = sorted((k, id(v)) for k, v in vars(value).items() if callable(v))
+                    state[name, key] = (id(value), tuple(methods))
                 elif callable(value):
                     state[name, key] = id(value)
     return state

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from merging_cache import LayerStates, MergingConfig, MergingDynamicCache, MergingQuantizedCache
 from merging_cache.quantized import QuantizedStorage, make_backend
-from transformers import LlamaConfig, LlamaForCausalLM
 
 BACKENDS = {
     "quanto4": ("quanto", {"nbits": 4}),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from merging_cache import MergingDynamicCache
 from models import CACHES, greedy, llama, prompt, tiny_model
 

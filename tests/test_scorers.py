@@ -3,8 +3,9 @@
 from functools import partial
 
 import pytest
-import reference
 import torch
+
+import reference
 from merging_cache import SCORERS, LayerStates
 from merging_cache.scorers import CURScorer, LagKVScorer, RandomScorer, StreamingLLMScorer
 
