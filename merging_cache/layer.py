@@ -334,6 +334,6 @@ class MergingLayer(DynamicLayer):
         if self._fold.merger.merges_values and keys.shape[3] != values.shape[3]:
             raise ValueError(
                 f"layer {self.layer_idx} caches keys {tuple(keys.shape)} and values {tuple(values.shape)}: widths "
-                "that differ are those of multi-head latent attention (MLA), whose values carry rotary positions and must "
-                "not be averaged. Use merger='drop'"
+                "that differ are those of multi-head latent attention (MLA), whose values carry rotary positions and "
+                "must not be averaged. Use merger='drop'"
             )
