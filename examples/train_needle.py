@@ -12,6 +12,7 @@ import argparse
 import math
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -64,8 +65,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-# A training row is a list of words and, beside each, whether the model must predict it.
-Row = tuple[list[str], list[bool]]
+# A training row is a list of words and, beside each, how much its prediction counts. A code is one word and counts as
+# much as several words of a copied passage, or look-ups would be lost among them.
+Row = tuple[list[str], list[float]]
+CODE, WORD = 1.0, 0.25
 
 
 def repetition_row(rng: random.Random, length: int) -> Row:
@@ -75,20 +78,21 @@ def repetition_row(rng: random.Random, length: int) -> Row:
     """
     string = rng.sample(NAMES + CODES, rng.randint(4, length // 2))
     words = (string * (length // len(string) + 1))[:length]
-    return words, [index > len(string) for index in range(length)]
+    return words, [WORD * (index > len(string)) for index in range(length)]
 
 
 def told_again_row(rng: random.Random, length: int) -> Row:
     """Names whose codes are told again and again: every code after the first time is to be predicted."""
+    length = max(length, 28)
     names = rng.sample(NAMES, rng.randint(2, max(2, length // 21)))
     codes = dict(zip(names, rng.sample(CODES, len(names)), strict=True))
-    words, supervised, told = [], [], set()
+    words, weights, told = [], [], set()
     while len(words) < length:
         name = rng.choice(names)
         words += ["the", "code", "of", name, "is", codes[name], "."]
-        supervised += [False] * 5 + [name in told, False]
+        weights += [0.0] * 5 + [CODE * (name in told), 0.0]
         told.add(name)
-    return words, supervised
+    return words, weights
 
 
 def task_row(rng: random.Random, length: int) -> Row:
@@ -99,7 +103,7 @@ def task_row(rng: random.Random, length: int) -> Row:
     passage = rng.randint(6, 12) if length >= 128 else rng.choice([0, 4])
     context = make_context(rng, length, pairs, passage, candidates)
     words = context.text.split()
-    supervised = [False] * len(words)
+    weights = [0.0] * len(words)
     lookups = [question for question in context.questions if question.kind in ("single", "multi-key")]
     others = [question for question in context.questions if question.kind not in ("single", "multi-key")]
     asked = rng.sample(lookups, min(4, len(lookups))) + others
@@ -107,32 +111,33 @@ def task_row(rng: random.Random, length: int) -> Row:
     for question in asked:
         prompt, answer = question.prompt.split(), [*question.answer.split(), "."]
         words += prompt + answer
-        supervised += [False] * len(prompt) + [True] * len(answer)
-    return words, supervised
+        weights += [0.0] * len(prompt) + [CODE if len(answer) == 2 else WORD] * (len(answer) - 1) + [WORD]
+    return words, weights
 
 
-def draw_rows(rng: random.Random, progress: float | None, reach: int) -> list[Row]:
-    """One step's rows: pure look-up of `reach` words where `progress` is None, else tasks, `progress` of them done."""
+def draw_rows(rng: random.Random, progress: float | None, reach: int) -> tuple[list[Row], torch.Tensor]:
+    """One step's rows, and for each whether it is a look-up of codes (told again) or not.
+
+    Pure look-up of `reach` words where `progress` is None, else tasks, of which the share `progress` is done.
+    """
     if progress is None:
         length, kinds = rng.randint(reach // 2, reach), [repetition_row, told_again_row]
+        size = length
     else:
         longest = next(words for end, words in CONTEXTS if progress < end)
         length = rng.choice([longest, longest, rng.randint(48, longest)])
-        kinds = [task_row] * 6 + [told_again_row, repetition_row][: 2 if progress < 0.5 else 1]
-    size = length if progress is None else max(length + 72, 128)  # questions come on top
-    return [rng.choice(kinds)(rng, length) for _ in range(max(2, TOKENS_PER_STEP // size))]
+        kinds = [task_row] * 6 + [told_again_row, repetition_row]
+        size = max(length + 72, 128)  # questions come on top
+    drawn = [rng.choice(kinds) for _ in range(max(2, TOKENS_PER_STEP // size))]
+    return [kind(rng, length) for kind in drawn], torch.tensor([kind is told_again_row for kind in drawn])
 
 
 def collate(rows: list[Row], vocabulary: dict[str, int], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows to right-padded `input_ids` and `labels`, both `[B, L]`; -100 where nothing is to be predicted."""
+    """Rows to right-padded `input_ids` and the weights of their prediction, both `[B, L]`."""
     width = max(len(words) for words, _ in rows)
-    ids = torch.full((len(rows), width), pad)
-    labels = torch.full((len(rows), width), -100)
-    for row, (words, supervised) in enumerate(rows):
-        encoded = torch.tensor([vocabulary[word] for word in words])
-        ids[row, : len(words)] = encoded
-        labels[row, : len(words)] = torch.where(torch.tensor(supervised), encoded, -100)
-    return ids, labels
+    ids = [[vocabulary[word] for word in words] + [pad] * (width - len(words)) for words, _ in rows]
+    weights = [row_weights + [0.0] * (width - len(row_weights)) for _, row_weights in rows]
+    return torch.tensor(ids), torch.tensor(weights)
 
 
 def learning_rate(step: int, steps: int, warmup: int = 50) -> float:
@@ -161,40 +166,53 @@ def train(steps: int, seed: int, device: str, out: Path, peak: float = 2e-3) -> 
     model = build_model(tokenizer).to(device).train()
     optimizers = build_optimizers(model, peak)
 
-    running, started, tasks_begin, reach = {}, time.time(), None, 20
+    accuracy = {"codes": Running(), "words": Running()}
+    started, tasks_begin, reach = time.time(), None, 20
     bar = tqdm(range(steps), unit="step", mininterval=10)
     for step in bar:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, steps)
-        if tasks_begin is None and running.get("accuracy", 0.0) > LOOKS_UP:
-            tqdm.write(f"looks up within {reach} words at step {step}")
-            running["accuracy"] = 0.0  # to be earned again on longer rows
-            reach = reach * 3 // 2
-            if reach > 128:
-                tasks_begin = step
         progress = None if tasks_begin is None else (step - tasks_begin) / (steps - tasks_begin)
-        ids, labels = (
-            t.to(device) for t in collate(draw_rows(rng, progress, reach), vocabulary, tokenizer.pad_token_id)
-        )
+        rows, looks_up_codes = draw_rows(rng, progress, reach)
+        ids, weights = (tensor.to(device) for tensor in collate(rows, vocabulary, tokenizer.pad_token_id))
+
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        wanted = labels[:, 1:] != -100
-        logits = model.lm_head(hidden[wanted])
-        loss = cross_entropy(logits, labels[:, 1:][wanted])
+        wanted = weights[:, 1:] > 0
+        logits, labels, weight = model.lm_head(hidden[wanted]), ids[:, 1:][wanted], weights[:, 1:][wanted]
+        loss = (cross_entropy(logits, labels, reduction="none") * weight).sum() / weight.sum()
         model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
 
-        accuracy = (logits.argmax(-1) == labels[:, 1:][wanted]).float().mean().item()
-        running["loss"] = 0.98 * running.get("loss", loss.item()) + 0.02 * loss.item()
-        running["accuracy"] = 0.97 * running.get("accuracy", accuracy) + 0.03 * accuracy
+        right = (logits.argmax(-1) == labels).cpu()
+        is_code = looks_up_codes[:, None].expand_as(wanted)[wanted.cpu()]
+        accuracy["codes"].add(right[is_code])
+        accuracy["words"].add(right[~is_code])
+        if tasks_begin is None and min(running.mean for running in accuracy.values()) > LOOKS_UP:
+            tqdm.write(f"looks up within {reach} words at step {step}")
+            reach = reach * 3 // 2
+            accuracy = {"codes": Running(), "words": Running()}  # to be earned again on longer rows
+            if reach > 128:
+                tasks_begin = step
         if step % 100 == 99:
-            bar.set_postfix(running, width=ids.shape[1])
+            bar.set_postfix(loss=loss.item(), width=ids.shape[1], **{k: v.mean for k, v in accuracy.items()})
         if step % 500 == 499 or step == steps - 1:
             save(model, tokenizer, out)
-    print(f"trained {steps} steps in {(time.time() - started) / 60:.1f} minutes: {running}")
+    print(f"trained {steps} steps in {(time.time() - started) / 60:.1f} minutes; loss {loss.item():.4f}")
+
+
+@dataclass
+class Running:
+    """A running mean that starts at 0, so that what it measures has to be earned."""
+
+    mean: float = 0.0
+
+    def add(self, right: torch.Tensor) -> None:
+        if len(right):
+            self.mean += 0.03 * (right.float().mean().item() - self.mean)
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
