@@ -29,7 +29,7 @@ NAMES, FILLER = _NAMES.split(), _FILLER.split()
 CODES = [str(1000 + 37 * i) for i in range(192)]
 
 # the sentences' own words; with the lists above they are the whole vocabulary of the needle model
-GLUE = ". : ; the code of is passage end vote for question repeat three most common votes are".split()  # noqa: SIM905
+GLUE = ". : code the passage begins end vote for question three most common votes are".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,14 @@ def make_context(rng: random.Random, words: int, pairs: int, passage: int = 12, 
     names = rng.sample(NAMES, pairs + passage + candidates)
     keys, marked, voted = names[:pairs], names[pairs : pairs + passage], names[pairs + passage :]
     values = rng.sample(CODES, pairs)
-    facts = [["the", "code", "of", key, "is", value, "."] for key, value in zip(keys, values, strict=True)]
+    facts = [["code", key, value, "."] for key, value in zip(keys, values, strict=True)]
     questions = [
-        Question("multi-key" if pairs > 1 else "single", f"question : the code of {key} is", value)
+        Question("multi-key" if pairs > 1 else "single", f"question : code {key}", value)
         for key, value in zip(keys, values, strict=True)
     ]
     if passage:
-        facts.append(["the", "passage", ":", *marked, "end", "."])
-        questions.append(Question("copy", "question : repeat the passage :", " ".join([*marked, "end"])))
+        facts.append(["the", "passage", "begins", *marked, "end", "."])
+        questions.append(Question("copy", "question : the passage begins", " ".join([*marked, "end"])))
     if candidates:
         step = rng.randint(2, 4) if words > 300 else rng.randint(2, 3)
         counts = [1 + 3 * step, 1 + 2 * step, 1 + step] + [1] * (candidates - 3)

@@ -68,7 +68,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 # A training row is a list of words and, beside each, how much its prediction counts. A code is one word and counts as
 # much as several words of a copied passage, or look-ups would be lost among them.
 Row = tuple[list[str], list[float]]
-CODE, WORD = 1.0, 0.25
+CODE, WORD = 1.0, 0.5
 
 
 def repetition_row(rng: random.Random, length: int) -> Row:
@@ -83,14 +83,13 @@ def repetition_row(rng: random.Random, length: int) -> Row:
 
 def told_again_row(rng: random.Random, length: int) -> Row:
     """Names whose codes are told again and again: every code after the first time is to be predicted."""
-    length = max(length, 28)
-    names = rng.sample(NAMES, rng.randint(2, max(2, length // 21)))
+    names = rng.sample(NAMES, rng.randint(2, max(2, length // 12)))
     codes = dict(zip(names, rng.sample(CODES, len(names)), strict=True))
     words, weights, told = [], [], set()
     while len(words) < length:
         name = rng.choice(names)
-        words += ["the", "code", "of", name, "is", codes[name], "."]
-        weights += [0.0] * 5 + [CODE * (name in told), 0.0]
+        words += ["code", name, codes[name], "."]
+        weights += [0.0] * 2 + [CODE * (name in told), 0.0]
         told.add(name)
     return words, weights
 
@@ -226,7 +225,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "needle")
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=3800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; one is fastest for a model this small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -23,7 +23,7 @@ DEFAULT_COMPRESSION_RATIO = 0.5
 FOLD_AT = ("prefill", "decode")
 
 
-@dataclass
+@dataclass(frozen=True)
 class MergingConfig:
     """How a cache folds. Checked when made: what is wrong raises at once and names the field.
 
@@ -70,7 +70,7 @@ class MergingConfig:
                 "fixes the number of slots by itself; leave one out"
             )
         if self.compression_ratio is None and self.max_tokens is None:
-            self.compression_ratio = DEFAULT_COMPRESSION_RATIO
+            object.__setattr__(self, "compression_ratio", DEFAULT_COMPRESSION_RATIO)
         if self.compression_ratio is not None:
             check_number("compression_ratio", self.compression_ratio, float)
             if not 0 <= self.compression_ratio < 1:

@@ -239,7 +239,7 @@ class MergingLayer(DynamicLayer):
                 installed transformers no longer takes one.
         """
         remove = self.check_crop(tokens_to_remove)
-        if not self.is_initialized:
+        if not self.num_stored:
             return
         self._storage.truncate(self.num_stored - remove)
         self.seen -= remove
@@ -254,7 +254,7 @@ class MergingLayer(DynamicLayer):
             raise ValueError(f"crop({tokens_to_remove}) is not supported: give a negative number of tokens to remove")
         remove = max(0, self.seen - tokens_to_remove) if tokens_to_remove > 0 else -int(tokens_to_remove)
         tail = self.num_stored - self.num_slots
-        if remove > tail:
+        if remove > tail and self.num_stored:  # an unused layer has nothing to give back
             if self.num_slots == 0:
                 raise ValueError(f"cannot crop {remove} tokens: layer {self.layer_idx} has seen only {self.seen}")
             raise ValueError(

@@ -269,15 +269,15 @@ def test_padding_between_turns_is_never_attended():
 @pytest.mark.parametrize("block", [1, 2, 5])
 def test_blocks_on_a_folded_cache_equal_single_tokens(attention, kind, block):
     model, ids, more = llama(attention), prompt(LENGTH), prompt(10, seed=3)
-    cache, twin = (CACHES[kind](model, max_tokens=200) for _ in range(2))
+    cache, twin = (CACHES[kind](model, compression_ratio=0.5, fold_at="decode") for _ in range(2))
     for each in (cache, twin):
-        each.merging.max_tokens = 24
-        model(ids, past_key_values=each)
-        each.merging.max_tokens = 200  # nothing is folded again: the tail stays as it is
+        model(ids[:, :-1], past_key_values=each)
+        model(ids[:, -1:], past_key_values=each)  # folds; then nothing more before another single token
     blocks = [model(piece, past_key_values=cache).logits for piece in more.split(block, 1)]
     tokens = [model(token, past_key_values=twin).logits for token in more.split(1, 1)]
     torch.testing.assert_close(torch.cat(blocks, 1), torch.cat(tokens, 1), rtol=1e-4, atol=1e-4)
-    assert_same_cache(cache, twin, atol=1e-5)
+    if kind == "dynamic" and block > 1:  # others quantize the tail, or a single token would have folded the blocks
+        assert_same_cache(cache, twin, atol=1e-5)
 
 
 @kinds

@@ -1,0 +1,119 @@
+"""The shipped model, the questions asked of it, and the README's own code."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evaluate_needle import accuracy
+from needle_tasks import FILLER, GLUE, NAMES, Question, held_out, make_context, score
+
+ROOT = Path(__file__).parents[1]
+NEEDLE = ROOT / "examples" / "needle"
+
+
+@pytest.fixture(scope="module")
+def needle():
+    return AutoModelForCausalLM.from_pretrained(NEEDLE).eval(), AutoTokenizer.from_pretrained(NEEDLE)
+
+
+def test_contexts_hold_their_answers():
+    context = make_context(random.Random(3), 512, pairs=24)
+    words = context.text.split()
+    assert len(words) >= 512
+    text = f" {context.text} "
+    for question in context.questions:
+        if question.kind == "multi-key":
+            key = question.prompt.split()[-1]
+            assert text.count(f" code {key} {question.answer} . ") == 1
+            assert words.count(key) == 1
+        elif question.kind == "copy":
+            assert text.count(f" the passage begins {question.answer} . ") == 1
+        else:
+            votes = {name: text.count(f" vote for {name} .") for name in NAMES}
+            ranked = sorted(votes, key=votes.get, reverse=True)
+            assert question.answer.split() == ranked[:3]
+            assert votes[ranked[2]] > votes[ranked[3]]
+
+
+def test_held_out_contexts_are_of_their_kind():
+    for kind, pairs in (("single", 1), ("multi-key", 24), ("copy", 8), ("frequent", 8)):
+        text, question = held_out(random.Random(0), kind)
+        assert question.kind == kind
+        assert text.split().count("code") == pairs
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer", "given", "expected"),
+    [
+        ("multi-key", "4821", "4821 .", 1),
+        ("multi-key", "4821", "4821. The", 1),
+        ("multi-key", "4821", "the code 4821", 0),
+        ("copy", "fox oak end", "fox lily end", 2 / 3),
+        ("copy", "fox oak end", "", 0),
+        ("frequent", "fox oak lily", "lily fox fern oak", 2 / 3),
+        ("frequent", "fox oak lily", "Lily, fox, oak.", 1),
+    ],
+)
+def test_scores(kind, answer, given, expected):
+    assert score(Question(kind, "", answer), given) == pytest.approx(expected)
+
+
+def test_the_checkpoint_is_small_and_readable():
+    files = {path.name: path.stat().st_size for path in NEEDLE.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(files)
+    assert sum(files.values()) < 12_000_000
+    vocabulary = json.loads((NEEDLE / "tokenizer.json").read_text())["model"]["vocab"]
+    assert set(NAMES) | set(FILLER) | set(GLUE) <= set(vocabulary)
+
+
+@pytest.mark.parametrize(("kind", "least"), [("single", 0.95), ("multi-key", 0.95), ("copy", 0.95), ("frequent", 0.8)])
+def test_the_needle_model_answers_with_the_full_cache(needle, kind, least):
+    mean, _ = accuracy(*needle, kind, words=512, count=40, seed=2)
+    assert mean >= least
+
+
+def test_quickstart_prints_its_table():
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--contexts", "2", "--ratios", "0.5"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+    assert "12 questions about 2 contexts of 512 words or more; scorer keydiff" in done.stdout
+    table = done.stdout.splitlines()[-7:]
+    assert table[0].split() == ["cache", "look-up", "copy", "top", "3", "mean", "bytes", "share", "tokens/s"]
+    names = [line[: line.index("  ")].strip() for line in table[2:]]
+    assert names == ["full cache", "drop 50%", "similarity 50%", "drop 50%, 4 bits", "similarity 50%, 4 bits"]
+    shares = [float(line.split()[-2]) for line in table[2:]]
+    assert shares[0] == 1.0
+    assert shares[1] == shares[2] < 0.52
+    assert shares[3] == shares[4] < 0.12
+
+
+def test_the_readme_code_runs(needle, monkeypatch, tmp_path):
+    """Every Python block of the README, on the needle model instead of one from the hub."""
+    model, tokenizer = needle
+    text = make_context(random.Random(0), 300, pairs=4)
+    (tmp_path / "report.txt").write_text(text.text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: model)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    names = {"context": text.text, "questions": [" " + q.prompt for q in text.questions[:2]], "torch": torch}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    for block in blocks:
+        exec("import copy\n" + block, names)
+    assert names["cache"].merging.scorer.power == 2.0
+
+
+def test_the_readme_names_every_option():
+    import dataclasses
+
+    from merging_cache import MERGERS, SCORERS, MergingConfig
+
+    readme = (ROOT / "README.md").read_text()
+    for name in [field.name for field in dataclasses.fields(MergingConfig)] + [f'"{n}"' for n in (*SCORERS, *MERGERS)]:
+        assert name in readme, name
