@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -233,8 +234,7 @@ class MergingQuantizedCache(MergingDynamicCache):
         super().__init__(config, merging, attention_mask=attention_mask, **options)
 
     def _storage(self) -> Callable[[], DenseStorage | QuantizedStorage]:
-        backend, residual_length = self._backend, self._residual_length
-        return lambda: QuantizedStorage(backend, residual_length)
+        return partial(QuantizedStorage, self._backend, self._residual_length)
 
 
 def check_supported(config: PreTrainedConfig, merging: MergingConfig) -> None:

@@ -86,6 +86,9 @@ class MergingConfig:
             raise ValueError(f"fold_at is {self.fold_at!r}; choose one of {list(FOLD_AT)}")
         self.build()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MergingConfig":
+        return self  # immutable, so copies of a cache share it (a learned scorer's weights with it)
+
     def num_slots(self, seen: int) -> int:
         """Slots per head after a fold of a layer that has seen this many tokens."""
         if self.max_tokens is not None:

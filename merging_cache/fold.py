@@ -34,7 +34,7 @@ class Fold:
     recent_tokens: int = 32
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Fold":
-        return self  # immutable, so copies of a cache share it (a learned scorer's weights with it)
+        return self  # immutable, like the config it comes from
 
     def __call__(self, states: LayerStates, num_slots: int) -> Slots:
         """Fold `[B, H, L, D]` states into `num_slots` slots per head; `num_slots` must be less than L.

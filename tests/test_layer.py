@@ -240,6 +240,19 @@ def test_deepcopies_are_independent(kind):
 
 
 @pytest.mark.parametrize("kind", BUILDERS)
+def test_saving_and_loading(kind, tmp_path):
+    cache = BUILDERS[kind](compression_ratio=0.5, scorer="knorm", recent_tokens=2)
+    cache.update(torch.randn(1, 2, 20, 32), torch.randn(1, 2, 20, 32), 0)
+    torch.save(cache, tmp_path / "cache.pt")
+    loaded = torch.load(tmp_path / "cache.pt", weights_only=False)
+    for each in (cache, loaded):
+        each.update(torch.ones(1, 2, 1, 32), torch.ones(1, 2, 1, 32), 0)
+    assert torch.equal(loaded.layers[0].keys, cache.layers[0].keys)
+    assert torch.equal(loaded.layers[0].positions, cache.layers[0].positions)
+    assert loaded.get_seq_length() == 21
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
 def test_reset_and_reuse(kind):
     cache = BUILDERS[kind](compression_ratio=0.5, scorer="knorm", attention_mask=torch.ones(1, 20))
     keys, values = torch.randn(1, 2, 80, 32), torch.randn(1, 2, 80, 32)

@@ -187,8 +187,14 @@ def test_bart_decoder():
 
 
 def test_t5_has_relative_positions():
+    model = encoder_decoder("t5")
     with pytest.raises(ValueError, match="t5 adds a position bias"):
-        MergingDynamicCache(config=tiny_config("t5"))
+        MergingDynamicCache(config=model.config)
+    outputs = []
+    for self_attention in (DynamicCache(config=model.config), CACHES["dynamic"](model, compression_ratio=0)):
+        cache = EncoderDecoderCache(self_attention, DynamicCache(config=model.config))
+        outputs.append(greedy(model, prompt(12), past_key_values=cache, decoder_start_token_id=0))
+    assert torch.equal(torch.stack(outputs[0].logits), torch.stack(outputs[1].logits))
 
 
 def vision_language_model():
