@@ -123,7 +123,11 @@ class MergingDynamicCache(DynamicCache):
         return TokensSeen(super().get_seq_length(layer_idx))
 
     def activate_past_recording(self) -> None:
-        """Fold nothing until the next `crop`. `generate` calls it for assisted decoding (transformers >= 5.14)."""
+        """Fold nothing until the next `crop`, so that drafts can be taken back.
+
+        `generate` calls it for assisted decoding (transformers 5.14 and newer) and never ends it: a later turn without
+        drafts is stored in full unless you call `crop(0)` after its prompt, or `reset`.
+        """
         self._recording = True  # for layers that are made later
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):

@@ -266,7 +266,7 @@ def test_reset_and_reuse(kind):
 
 
 def test_guards_name_the_layer_and_change_nothing():
-    cache = MergingDynamicCache(compression_ratio=0.5, **LAST)
+    cache = MergingDynamicCache(compression_ratio=0.5, attention_mask=torch.ones(2, 20), **LAST)
     feed(cache, 0, 20, batch=2)
     before = cache.layers[0].keys.clone()
     for bad, message in [
