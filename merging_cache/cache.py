@@ -125,8 +125,8 @@ class MergingDynamicCache(DynamicCache):
     def activate_past_recording(self) -> None:
         """Fold nothing until the next `crop`, so that drafts can be taken back.
 
-        `generate` calls it for assisted decoding (transformers 5.14 and newer) and never ends it: a later turn without
-        drafts is stored in full unless you call `crop(0)` after its prompt, or `reset`.
+        `generate` calls it for assisted decoding (transformers 5.14 and newer). It lasts until `reset`: a later turn
+        that drafts nothing stays unfolded.
         """
         self._recording = True  # for layers that are made later
         for layer in self.layers:
