@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 from transformers.utils import logging
 
 from merging_cache import MergingDynamicCache, MergingQuantizedCache
+from merging_cache.report import align
 from needle_tasks import Context, Question, make_context, score
 
 KINDS = {"multi-key": "look-up", "copy": "copy", "frequent": "top 3"}
@@ -75,7 +76,7 @@ def build_variants(config, scorer: str, ratios: list[float]) -> list[Variant]:
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the keys and values a cache holds, and of all it needs besides."""
     if isinstance(cache, MergingDynamicCache):
-        return cache.report().bytes_now
+        return cache.report().total.bytes_now
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
 
 
@@ -122,16 +123,8 @@ def ask(model, tokenizer, variant: Variant, context: Context, questions: list[Qu
 
 
 def print_table(rows: list[list[str]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for index, row in enumerate(rows):
-        print(
-            "  ".join(
-                cell.rjust(width) if column else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-        )
-        if index == 0:
-            print("-" * (sum(widths) + 2 * (len(widths) - 1)))
+    head, *lines = align(rows, left=1)
+    print("\n".join([head, "-" * len(head), *lines]))
 
 
 def main() -> None:

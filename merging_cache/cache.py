@@ -212,7 +212,7 @@ class MergingQuantizedCache(MergingDynamicCache):
         ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1))
         >>> cache = MergingQuantizedCache(backend="fp8", config=model.config, compression_ratio=0.5)
         >>> _ = model(torch.arange(1, 97)[None], past_key_values=cache)
-        >>> cache.report().bytes_now < 0.15 * cache.report().bytes_full
+        >>> cache.report().total.bytes_now < 0.15 * cache.report().total.bytes_full
         True
     """
 

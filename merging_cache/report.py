@@ -1,6 +1,6 @@
 """What a cache kept, merged and saved: a record that prints as a table."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,13 +8,15 @@ from torch import Tensor
 
 from .layer import MergingLayer
 
+COLUMNS = ("layer", "kind", "seen", "slots", "merged", "dropped", "bytes", "DynamicCache", "share")
+
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer of a cache.
+    """One layer of a cache, or all of them together.
 
     Args:
-        layer: its index.
+        layer: the layer's index, or `"all"`.
         kind: `"folding"`, or for layers that stay transformers' own the name of their class.
         tokens_seen: tokens of every row, padding included.
         slots: keys stored per row and head, the tail included.
@@ -24,7 +26,7 @@ class LayerReport:
         bytes_full: bytes that `DynamicCache` would hold.
     """
 
-    layer: int
+    layer: int | str
     kind: str
     tokens_seen: int
     slots: int
@@ -33,105 +35,57 @@ class LayerReport:
     bytes_now: int
     bytes_full: int
 
+    def cells(self) -> list[str]:
+        """The row of the table."""
+        return [
+            str(self.layer),
+            self.kind,
+            f"{self.tokens_seen:,}",
+            f"{self.slots:,}",
+            f"{self.tokens_merged:,.1f}",
+            f"{self.tokens_dropped:,.1f}",
+            f"{self.bytes_now:,}",
+            f"{self.bytes_full:,}",
+            f"{self.bytes_now / self.bytes_full:.3f}" if self.bytes_full else "-",
+        ]
+
 
 @dataclass(frozen=True)
 class CacheReport:
-    """All layers of a cache, and their totals; `print` it for a table."""
+    """A row for each layer of a cache and one for all; `print` it for a table.
+
+    Args:
+        layers: the layers in order.
+        total: sums over the layers; `tokens_seen` is that of one row through the whole model.
+    """
 
     layers: tuple[LayerReport, ...]
-
-    @property
-    def tokens_seen(self) -> int:
-        """Tokens seen by each row."""
-        return max((layer.tokens_seen for layer in self.layers), default=0)
-
-    @property
-    def slots(self) -> int:
-        """Keys stored per row and head, over all layers."""
-        return sum(layer.slots for layer in self.layers)
-
-    @property
-    def tokens_merged(self) -> float:
-        """Tokens folded into survivors per row and head, over all layers."""
-        return sum(layer.tokens_merged for layer in self.layers)
-
-    @property
-    def tokens_dropped(self) -> float:
-        """Tokens evicted and not folded per row and head, over all layers."""
-        return sum(layer.tokens_dropped for layer in self.layers)
-
-    @property
-    def bytes_now(self) -> int:
-        """Bytes held."""
-        return sum(layer.bytes_now for layer in self.layers)
-
-    @property
-    def bytes_full(self) -> int:
-        """Bytes that `DynamicCache` would hold."""
-        return sum(layer.bytes_full for layer in self.layers)
+    total: LayerReport
 
     def __str__(self) -> str:
-        head = ("layer", "kind", "seen", "slots", "merged", "dropped", "bytes", "DynamicCache", "share")
-        rows = [
-            self._row(
-                str(row.layer),
-                row.kind,
-                row.tokens_seen,
-                row.slots,
-                row.tokens_merged,
-                row.tokens_dropped,
-                row.bytes_now,
-                row.bytes_full,
-            )
-            for row in self.layers
-        ]
-        total = self._row(
-            "all",
-            "",
-            self.tokens_seen,
-            self.slots,
-            self.tokens_merged,
-            self.tokens_dropped,
-            self.bytes_now,
-            self.bytes_full,
-        )
-        table = [head, *rows, total]
-        widths = [max(len(line[column]) for line in table) for column in range(len(head))]
-        left = (0, 1)
-        lines = [
-            "  ".join(
-                cell.ljust(width) if column in left else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in table
-        ]
+        lines = align([list(COLUMNS), *(row.cells() for row in (*self.layers, self.total))], left=2)
         rule = "-" * len(lines[0])
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
-
-    @staticmethod
-    def _row(
-        layer: str, kind: str, seen: int, slots: int, merged: float, dropped: float, now: int, full: int
-    ) -> tuple[str, ...]:
-        share = f"{now / full:.3f}" if full else "-"
-        return (
-            layer,
-            kind,
-            f"{seen:,}",
-            f"{slots:,}",
-            f"{merged:,.1f}",
-            f"{dropped:,.1f}",
-            f"{now:,}",
-            f"{full:,}",
-            share,
-        )
 
 
 def report_layers(layers: Iterable[Any]) -> CacheReport:
     """Report on the layers of a cache; those that are transformers' own count in full."""
-    return CacheReport(tuple(report_layer(index, layer) for index, layer in enumerate(layers)))
+    rows = tuple(report_layer(index, layer) for index, layer in enumerate(layers))
+    total = LayerReport(
+        layer="all",
+        kind="",
+        tokens_seen=max((row.tokens_seen for row in rows), default=0),
+        slots=sum(row.slots for row in rows),
+        tokens_merged=sum(row.tokens_merged for row in rows),
+        tokens_dropped=sum(row.tokens_dropped for row in rows),
+        bytes_now=sum(row.bytes_now for row in rows),
+        bytes_full=sum(row.bytes_full for row in rows),
+    )
+    return CacheReport(rows, total)
 
 
 def report_layer(index: int, layer: Any) -> LayerReport:
+    """One layer, ours or transformers' own."""
     if isinstance(layer, MergingLayer):
         return LayerReport(
             layer=index,
@@ -143,20 +97,32 @@ def report_layer(index: int, layer: Any) -> LayerReport:
             bytes_now=layer.nbytes,
             bytes_full=layer.full_nbytes,
         )
-    held = [value for value in vars(layer).values() if isinstance(value, Tensor)]
-    held += [
-        state
-        for value in vars(layer).values()
-        if isinstance(value, dict)
-        for state in value.values()
-        if isinstance(state, Tensor)
-    ]
-    nbytes = sum(tensor.nbytes for tensor in held)
+    nbytes = sum(tensor.nbytes for tensor in held_tensors(layer))
     keys = getattr(layer, "keys", None)
     stored = keys.shape[-2] if keys is not None and keys.dim() == 4 else 0
     seen = layer.get_seq_length() if stored else 0
     return LayerReport(index, type(layer).__name__, seen, stored, 0.0, 0.0, nbytes, nbytes)
 
 
+def held_tensors(layer: Any) -> list[Tensor]:
+    """The tensors among a layer's attributes; linear-attention layers keep theirs in dicts."""
+    values = list(vars(layer).values())
+    values += [state for value in values if isinstance(value, dict) for state in value.values()]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
 def mean_count(counts: Tensor | None) -> float:
+    """The mean over rows and heads; 0 before the first fold."""
     return 0.0 if counts is None else counts.float().mean().item()
+
+
+def align(table: Sequence[Sequence[str]], left: int) -> list[str]:
+    """The rows of a table as lines: its first `left` columns aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
+    ]

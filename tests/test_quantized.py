@@ -208,7 +208,7 @@ def test_bytes_at_four_bits_and_half_the_tokens(dtype, bound):
     model = LlamaForCausalLM(config).to(dtype)
     cache = MergingQuantizedCache("quanto", nbits=4, config=config, compression_ratio=0.5)
     model(torch.randint(0, 99, (1, 2048)), past_key_values=cache)
-    report = cache.report()
+    report = cache.report().total
     assert report.bytes_full == 2 * 2 * 2 * 2048 * 64 * dtype.itemsize
     print(f"{dtype}: {report.bytes_now / report.bytes_full:.4f} of DynamicCache's bytes")
     assert report.bytes_now <= bound * report.bytes_full

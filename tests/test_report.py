@@ -14,12 +14,13 @@ def test_numbers():
     cache = CACHES["dynamic"](model, compression_ratio=0.5)
     greedy(model, prompt(64), past_key_values=cache, new_tokens=3)
     report = cache.report()
-    assert (report.tokens_seen, report.slots) == (66, 2 * 34)
-    assert report.tokens_merged + report.tokens_dropped == 2 * 32
+    total = report.total
+    assert (total.tokens_seen, total.slots) == (66, 2 * 34)
+    assert total.tokens_merged + total.tokens_dropped == 2 * 32
     element = 2 * 16 * 4 * 2  # heads, dimension, bytes, keys and values
-    assert report.bytes_full == 2 * 66 * element
+    assert total.bytes_full == 2 * 66 * element
     room = 32 + 1 + 16  # one append grew the buffer by a block
-    assert report.bytes_now == 2 * (room * element + 2 * 32 * 4 + 2 * 2 * 8)
+    assert total.bytes_now == 2 * (room * element + 2 * 32 * 4 + 2 * 2 * 8)
     for row, layer in zip(report.layers, cache.layers, strict=True):
         assert row.tokens_merged == layer.num_merged.float().mean()
         assert row.bytes_now == layer.nbytes
@@ -27,7 +28,13 @@ def test_numbers():
 
 def test_an_empty_cache():
     report = MergingDynamicCache().report()
-    assert (report.tokens_seen, report.slots, report.bytes_now, report.bytes_full) == (0, 0, 0, 0)
+    assert report.layers == ()
+    assert (report.total.tokens_seen, report.total.slots, report.total.bytes_now, report.total.bytes_full) == (
+        0,
+        0,
+        0,
+        0,
+    )
     assert str(report).splitlines()[0].split()[:3] == ["layer", "kind", "seen"]
 
 
