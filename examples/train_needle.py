@@ -65,10 +65,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-# A training row is a list of words and, beside each, how much its prediction counts. A code is one word and counts as
-# much as several words of a copied passage, or look-ups would be lost among them.
+# A training row is a list of words and, beside each, how much its prediction counts. The few words of a code or a vote
+# count more than those of a long passage, or they would be lost among them.
 Row = tuple[list[str], list[float]]
 CODE, WORD = 1.0, 0.5
+WEIGHTS = {"single": CODE, "multi-key": CODE, "copy": WORD, "frequent": 2.0}
 
 
 def repetition_row(rng: random.Random, length: int) -> Row:
@@ -110,7 +111,7 @@ def task_row(rng: random.Random, length: int) -> Row:
     for question in asked:
         prompt, answer = question.prompt.split(), [*question.answer.split(), "."]
         words += prompt + answer
-        weights += [0.0] * len(prompt) + [CODE if len(answer) == 2 else WORD] * (len(answer) - 1) + [WORD]
+        weights += [0.0] * len(prompt) + [WEIGHTS[question.kind]] * (len(answer) - 1) + [WORD]
     return words, weights
 
 
@@ -225,7 +226,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "needle")
-    parser.add_argument("--steps", type=int, default=3800)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; one is fastest for a model this small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
