@@ -36,6 +36,7 @@ class MergingDynamicCache(DynamicCache):
 
     Raises:
         ValueError: for options that are unknown, out of range or contradictory.
+        TypeError: for options of another type, such as a model where its config belongs.
 
     Example:
         >>> import torch
@@ -60,6 +61,8 @@ class MergingDynamicCache(DynamicCache):
         offload_only_non_sliding: bool = False,
         **options: Any,
     ) -> None:
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise TypeError(f"config is {type(config).__name__}; give the model's config, `config=model.config`")
         if offloading and not torch.cuda.is_available():
             raise ValueError(
                 "offloading=True moves layers from a GPU to the CPU, but no CUDA device is available; leave it out"

@@ -268,8 +268,11 @@ def make_backend(
 
     Raises:
         ValueError: for an unknown backend, or an option it does not have.
+        TypeError: for a backend that is not a name.
         ImportError: if its package is not installed.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"backend is {type(name).__name__}; give the name of one of {list(BACKENDS)}")
     check_choice("backend", name, tuple(BACKENDS))
     options = {"nbits": nbits, "axis_key": axis_key, "axis_value": axis_value, "group_size": q_group_size}
     options = {option: value for option, value in options.items() if value is not None}

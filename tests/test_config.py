@@ -141,6 +141,8 @@ def test_cache_takes_config_dict_file_and_options(tmp_path):
     assert MergingDynamicCache(merging=MergingConfig(), max_tokens=3).merging.compression_ratio is None
     with pytest.raises(TypeError, match="merging is 3"):
         MergingDynamicCache(merging=3)
+    with pytest.raises(TypeError, match="config is Linear; give the model's config"):
+        MergingDynamicCache(torch.nn.Linear(1, 1))
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(ValueError, match="holds a JSON list"):
         MergingConfig.from_json_file(tmp_path / "list.json")

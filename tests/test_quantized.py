@@ -266,6 +266,11 @@ def test_bad_options(options, message):
         MergingQuantizedCache(**options)
 
 
+def test_the_backend_comes_first():
+    with pytest.raises(TypeError, match="backend is LlamaConfig; give the name of one of"):
+        MergingQuantizedCache(LlamaConfig())
+
+
 @pytest.mark.parametrize("package", ["quanto", "hqq"])
 def test_a_missing_package_says_what_to_install(package, monkeypatch):
     import sys
