@@ -1,5 +1,6 @@
 """A KV cache for transformers that folds evicted tokens into the survivors instead of throwing them away."""
 
+from .attention import merging_attention
 from .budgets import BUDGETS, Budget
 from .cache import MergingDynamicCache, MergingQuantizedCache
 from .config import MergingConfig
@@ -25,4 +26,5 @@ __all__ = [
     "Scorer",
     "Slots",
     "Survivors",
+    "merging_attention",
 ]

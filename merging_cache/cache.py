@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from .attention import Link
 from .config import MergingConfig, check_number, resolve_config
 from .hybrid import HybridLayer, MergingHybridLayer
 from .layer import MergingLayer
@@ -27,6 +28,9 @@ class MergingDynamicCache(DynamicCache):
 
     Args:
         config: the model's config (`model.config`). Without it every layer is taken for full attention.
+        model: instead of the config, the model itself: for scorers and mergers that look at queries, and budgets that
+            differ between heads or layers. It is linked (see `merging_attention`) until `release`, and padding is then
+            known without `attention_mask`.
         merging: how to fold: a `MergingConfig`, a dict of its fields, or a path to its JSON file.
         attention_mask: `[B, tokens]`, the tokenizer's mask, where the batch is padded: a cache sees keys and values
             only. One row per prompt; rows are repeated for beams. It may also be set later:
@@ -56,11 +60,13 @@ class MergingDynamicCache(DynamicCache):
         config: PreTrainedConfig | None = None,
         merging: MergingConfig | Mapping[str, Any] | str | Path | None = None,
         *,
+        model: PreTrainedModel | None = None,
         attention_mask: Tensor | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
         **options: Any,
     ) -> None:
+        config = config_of(config, model)
         if config is not None and not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config is {type(config).__name__}; give the model's config, `config=model.config`")
         if offloading and not torch.cuda.is_available():
@@ -71,16 +77,19 @@ class MergingDynamicCache(DynamicCache):
         self.merging = resolve_config(merging, options)
         self._padding = Padding(attention_mask)
         self._recording = False
+        needed = self.merging.compression_ratio != 0 and self.merging.build().needs_attention
+        self._link = Link(model, config, needed, type(self).__name__)
         if config is not None and self.merging.compression_ratio != 0:
             check_supported(config.get_text_config(decoder=True), self.merging)
         if config is None:
             self.layer_class_to_replicate = self._next_layer
             return
-        for index, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:
-                self.layers[index] = self._make_layer(index)
-            elif type(layer) is HybridLayer:
-                self.layers[index] = self._make_layer(index, number_of_states=layer.number_of_states)
+        folding = [index for index, layer in enumerate(self.layers) if type(layer) in (DynamicLayer, HybridLayer)]
+        for rank, index in enumerate(folding):
+            hybrid = {}
+            if type(self.layers[index]) is HybridLayer:
+                hybrid["number_of_states"] = self.layers[index].number_of_states
+            self.layers[index] = self._make_layer(index, (rank, len(folding)), **hybrid)
         if not any(isinstance(layer, MergingLayer) for layer in self.layers):
             kinds = sorted({type(layer).__name__ for layer in self.layers})
             warnings.warn(
@@ -93,9 +102,9 @@ class MergingDynamicCache(DynamicCache):
         """What makes the storage of a layer."""
         return DenseStorage
 
-    def _make_layer(self, index: int, **hybrid: int) -> MergingLayer:
+    def _make_layer(self, index: int, rank: tuple[int, int] | None = None, **hybrid: int) -> MergingLayer:
         kind = MergingHybridLayer if hybrid else MergingLayer
-        return kind(self.merging, self._padding, index, self._storage(), **hybrid)
+        return kind(self.merging, self._padding, self._link, index, rank, self._storage(), **hybrid)
 
     def _next_layer(self) -> MergingLayer:
         layer = self._make_layer(len(self.layers))
@@ -116,6 +125,13 @@ class MergingDynamicCache(DynamicCache):
     @attention_mask.setter
     def attention_mask(self, attention_mask: Tensor | None) -> None:
         self._padding.set(attention_mask)
+
+    def release(self, model: PreTrainedModel | None = None) -> None:
+        """Put the model back as it was before it was linked, unless another cache or a `with` block still needs it.
+
+        Afterwards this cache can go on decoding only if it needs nothing of the model's attention.
+        """
+        self._link.release(model)
 
     def report(self) -> CacheReport:
         """What every layer has seen, kept, merged and saved; `print` it for a table."""
@@ -201,7 +217,7 @@ class MergingQuantizedCache(MergingDynamicCache):
         axis_key, axis_value: the backend's quantization axes; by default the one whose groups lie inside a token.
         q_group_size: elements that share a scale; by default the largest divisor of the head dimension up to 64.
         residual_length: tokens that gather in full precision before they are quantized.
-        merging, attention_mask, **options: as for `MergingDynamicCache`.
+        merging, model, attention_mask, **options: as for `MergingDynamicCache`.
 
     Raises:
         ValueError: for an unknown backend, or an option it does not have.
@@ -230,6 +246,7 @@ class MergingQuantizedCache(MergingDynamicCache):
         residual_length: int = 128,
         merging: MergingConfig | Mapping[str, Any] | str | Path | None = None,
         *,
+        model: PreTrainedModel | None = None,
         attention_mask: Tensor | None = None,
         **options: Any,
     ) -> None:
@@ -238,10 +255,21 @@ class MergingQuantizedCache(MergingDynamicCache):
         self._backend = make_backend(backend, nbits, axis_key, axis_value, q_group_size)
         check_number("residual_length", residual_length, int, minimum=1)
         self._residual_length = residual_length
-        super().__init__(config, merging, attention_mask=attention_mask, **options)
+        super().__init__(config, merging, model=model, attention_mask=attention_mask, **options)
 
     def _storage(self) -> Callable[[], DenseStorage | QuantizedStorage]:
         return partial(QuantizedStorage, self._backend, self._residual_length)
+
+
+def config_of(config: PreTrainedConfig | None, model: PreTrainedModel | None) -> PreTrainedConfig | None:
+    """The config to build a cache for, from whichever was given."""
+    if model is None:
+        return config
+    if not hasattr(model, "config"):
+        raise TypeError(f"model is {type(model).__name__}; give a transformers model, such as AutoModelForCausalLM's")
+    if config is not None and config is not model.config:
+        raise ValueError("config and model are both given, but config is not model.config; leave config out")
+    return model.config
 
 
 def check_supported(config: PreTrainedConfig, merging: MergingConfig) -> None:

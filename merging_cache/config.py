@@ -33,7 +33,8 @@ class MergingConfig:
         compression_ratio: fraction of the seen tokens that loses its slot, in [0, 1): a fold leaves every head
             `max(1, floor(seen * (1 - compression_ratio)))` slots. 0.5 unless `max_tokens` is given; 0 folds nothing.
         max_tokens: instead of a ratio, at most this many slots per head after a fold.
-        budget: how slots are shared among heads: a name of `BUDGETS`, a dict or a `Budget`.
+        budget: how slots are shared among layers and heads: a name of `BUDGETS`, a dict or a `Budget`. `"uniform"`,
+            except for scorers that come with a budget of their own (`pyramidkv`).
         merger: what becomes of the evicted: a name of `MERGERS`, a dict or a `Merger`.
         sink_tokens, recent_tokens: first and last tokens of each row that always keep their slot (clipped to the
             slots there are) and that nothing is merged into.
@@ -57,7 +58,7 @@ class MergingConfig:
     scorer: Spec | Scorer | Callable[[LayerStates], Tensor] = "keydiff"
     compression_ratio: float | None = None
     max_tokens: int | None = None
-    budget: Spec | Budget = "uniform"
+    budget: Spec | Budget | None = None
     merger: Spec | Merger = "similarity"
     sink_tokens: int = 4
     recent_tokens: int = 32
@@ -84,6 +85,9 @@ class MergingConfig:
         check_number("recent_tokens", self.recent_tokens, int, minimum=0)
         if self.fold_at not in FOLD_AT:
             raise ValueError(f"fold_at is {self.fold_at!r}; choose one of {list(FOLD_AT)}")
+        if self.budget is None:
+            scorer = build_stage("scorer", self._scorer, SCORERS, Scorer)
+            object.__setattr__(self, "budget", scorer.default_budget)
         self.build()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MergingConfig":
@@ -96,28 +100,20 @@ class MergingConfig:
         return max(1, math.floor(seen * (1 - self.compression_ratio)))
 
     def build(self) -> Fold:
-        """The fold this config describes.
-
-        Raises:
-            ValueError: if a stage needs queries, which no cache hands over yet.
-        """
-        scorer = self.scorer
-        if callable(scorer) and not isinstance(scorer, (Scorer, type)):
-            scorer = FunctionScorer(scorer)
-        fold = Fold(
-            scorer=build_stage("scorer", scorer, SCORERS, Scorer),
+        """The fold this config describes."""
+        return Fold(
+            scorer=build_stage("scorer", self._scorer, SCORERS, Scorer),
             budget=build_stage("budget", self.budget, BUDGETS, Budget),
             merger=build_stage("merger", self.merger, MERGERS, Merger),
             sink_tokens=self.sink_tokens,
             recent_tokens=self.recent_tokens,
         )
-        for field, stage in (("scorer", fold.scorer), ("budget", fold.budget), ("merger", fold.merger)):
-            if stage.needs_queries:
-                raise ValueError(
-                    f"{field} {type(stage).__name__} needs queries, but the caches of this version hand over keys and "
-                    f"values only; choose a {field} that does without"
-                )
-        return fold
+
+    @property
+    def _scorer(self) -> Spec | Scorer:
+        """The scorer, a plain callable made into one."""
+        function = callable(self.scorer) and not isinstance(self.scorer, (Scorer, type))
+        return FunctionScorer(self.scorer) if function else self.scorer
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "MergingConfig":

@@ -3,6 +3,7 @@
 Pure functions of tensors; knows nothing of transformers or of how slots are stored.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch import Tensor
 from .budgets import Budget
 from .mergers import Merger
 from .scorers import Scorer
-from .states import LayerStates, Slots
+from .states import LayerStates, Slots, Statistics, Survivors
 
 
 @dataclass(frozen=True)
 class Fold:
     """A scorer, a budget and a merger applied in turn: `fold(states, num_slots)` gives the `Slots` to store.
+
+    Rows with padding are folded as if they stood alone. Where heads have different numbers of tokens or of slots, each
+    is scored and merged as if it were the only one. So scorers and mergers see plain rectangles.
 
     Args:
         scorer: gives every token of every KV head an importance.
@@ -36,48 +40,135 @@ class Fold:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Fold":
         return self  # immutable, like the config it comes from
 
-    def __call__(self, states: LayerStates, num_slots: int) -> Slots:
-        """Fold `[B, H, L, D]` states into `num_slots` slots per head; `num_slots` must be less than L.
+    @property
+    def stages(self) -> dict[str, Scorer | Budget | Merger]:
+        """The three stages by the names of their fields in `MergingConfig`."""
+        return {"scorer": self.scorer, "budget": self.budget, "merger": self.merger}
 
-        Rows with padding are folded as if they stood alone. transformers masks the slots of a row with the last
-        `num_slots` columns of its attention mask, so a row gets as many slots as these columns hold real tokens: all
-        `num_slots` of them unless the row is shorter than that, in which case it keeps everything it has. Padding
-        stays only where the mask hides it.
-        """
-        if states.padding is None:
+    @property
+    def query_window(self) -> int:
+        """How many of the last queries some stage wants to see."""
+        return max((stage.query_window for stage in self.stages.values() if stage.needs_queries), default=0)
+
+    @property
+    def observes(self) -> bool:
+        """Whether anything has to be remembered of the passes of a prompt."""
+        return self.query_window > 0 or type(self.scorer).observe is not Scorer.observe
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether keys and values are not enough: something is to be seen, or masks are to be fitted."""
+        return self.budget.ragged or any(stage.needs_attention for stage in self.stages.values())
+
+    # Observing --------------------------------------------------------------------------------------------------------
+
+    def observe(self, states: LayerStates, new: int) -> Statistics | None:
+        """What the scorer remembers after a pass whose tokens are the last `new` of `states`; see `Scorer.observe`."""
+        if states.padding is None and (states.query_positions is None or (states.query_positions >= 0).all()):
+            return self._observe_rows(states, new)
+        first_new = states.num_tokens - new
+        parts = []
+        for rows, tokens in states.rows_alike():
+            if len(tokens):
+                alone = states.select(rows, tokens)
+                parts.append((rows, tokens, self._observe_rows(alone, int((tokens >= first_new).sum()))))
+        return _assemble_statistics(states, ((rows, slice(None), tokens, part) for rows, tokens, part in parts))
+
+    def _observe_rows(self, states: LayerStates, new: int) -> Statistics | None:
+        if states.valid is None:
+            return self.scorer.observe(states, new)
+        parts = [
+            (torch.tensor([row], device=tokens.device), slice(head, head + 1), tokens, self.scorer.observe(alone, new))
+            for row, head, tokens, alone in states.heads_apart()
+        ]
+        return _assemble_statistics(states, parts)
+
+    # Folding ----------------------------------------------------------------------------------------------------------
+
+    def is_due(self, num_tokens: int, seen: int, num_slots: int, layer_rank: tuple[int, int] | None) -> bool:
+        """Whether a layer that stores `num_tokens` per head of `seen` tokens is to be folded to `num_slots`."""
+        layer_slots = self.budget.layer_slots(num_slots, seen, layer_rank)
+        return self.budget.folds(num_tokens, seen, num_slots, layer_slots)
+
+    def __call__(self, states: LayerStates, num_slots: int) -> Slots:
+        """Fold `[B, H, L, D]` states into `num_slots` slots per head on average."""
+        if states.padding is None and (states.query_positions is None or (states.query_positions >= 0).all()):
             return self._fold_rows(states, num_slots)
+        if self.budget.ragged or states.valid is not None:
+            return self._fold_padded_ragged(states, num_slots)
+        return self._fold_padded(states, num_slots)
+
+    def _fold_padded(self, states: LayerStates, num_slots: int) -> Slots:
+        """Rows with padding into the same number of slots.
+
+        transformers masks the slots of a row with the last `num_slots` columns of its attention mask, so a row gets as
+        many slots as these columns hold real tokens: all `num_slots` of them unless the row is shorter than that, in
+        which case it keeps everything it has. Padding stays only where the mask hides it.
+        """
         last = slice(states.num_tokens - num_slots, None)
         slots = Slots(
             keys=states.keys[:, :, last].clone(),
             values=states.values[:, :, last].clone(),
             positions=states.positions[:, :, last].clone(),
-            log_mass=None,
             num_merged=torch.zeros_like(states.positions[:, :, 0]),
             num_dropped=torch.zeros_like(states.positions[:, :, 0]),
         )
-        patterns, pattern_of_row = torch.unique(states.padding, dim=0, return_inverse=True)
-        for index, padding in enumerate(patterns):
-            rows = (pattern_of_row == index).nonzero().squeeze(1)
-            visible = (~padding[last]).nonzero().squeeze(1)
-            if len(visible) == 0:
-                continue
-            alone = states.select(rows, (~padding).nonzero().squeeze(1))
-            folded = self._fold_rows(alone, len(visible))
-            if folded.log_mass is not None and slots.log_mass is None:
-                slots = replace(slots, log_mass=torch.zeros_like(slots.positions, dtype=folded.log_mass.dtype))
-            folded.write_into(slots, rows, visible)
+        padding = (
+            torch.zeros_like(states.positions[:, 0], dtype=torch.bool) if states.padding is None else states.padding
+        )
+        for rows, tokens in states.rows_alike():
+            visible = (~padding[rows[0], last]).nonzero().squeeze(1)
+            if len(visible):
+                folded = self._fold_rows(states.select(rows, tokens), len(visible))
+                slots = slots.write(folded, rows, slice(None), visible)
         return slots
 
+    def _fold_padded_ragged(self, states: LayerStates, num_slots: int) -> Slots:
+        """Rows with padding where every row and head may have its own number of slots; no padding is stored."""
+        parts = []
+        for rows, tokens in states.rows_alike():
+            if len(tokens):
+                parts.append((rows, slice(None), self._fold_rows(states.select(rows, tokens), num_slots)))
+        return _assemble_slots(states, parts)
+
     def _fold_rows(self, states: LayerStates, num_slots: int) -> Slots:
-        """Fold rows without padding; `num_slots` may equal L, then all tokens survive."""
+        """Fold rows without padding."""
         check_finite(states)
-        scores = self._protect(self._score(states), num_slots)
+        num_tokens, seen = num_tokens_per_head(states), int(states.positions[..., -1].max()) + 1
+        if not self.is_due(num_tokens, seen, num_slots, states.layer_rank):
+            return _keep_everything(states)
+        num_slots = self.budget.layer_slots(num_slots, seen, states.layer_rank)
+        scores = self._protect(self._score(states), states, num_slots)
         survivors = self.budget.allocate(scores, states, num_slots)
+        if survivors.valid is None and states.valid is None:
+            return self._merge(states, survivors, scores)
+        kept = survivors.mask(states.num_tokens)
+        parts = []
+        for row, head, tokens, alone in states.heads_apart():
+            mine = Survivors(kept[row, head, tokens].nonzero().view(1, 1, -1))
+            folded = self._merge(alone, mine, scores[row : row + 1, head : head + 1, tokens])
+            parts.append((torch.tensor([row], device=tokens.device), slice(head, head + 1), folded))
+        return _assemble_slots(states, parts)
+
+    def _merge(self, states: LayerStates, survivors: Survivors, scores: Tensor) -> Slots:
         survivors = replace(survivors, protected=scores.gather(2, survivors.indices).isposinf())
-        return self.merger.merge(states, survivors)
+        slots = self.merger.merge(states, survivors)
+        tokens = None if states.statistics is None else states.statistics.tokens
+        if tokens is None:
+            return slots
+        index = survivors.indices.view(*survivors.indices.shape, *[1] * (tokens.dim() - 3))
+        return replace(slots, statistics=tokens.gather(2, index.expand(-1, -1, -1, *tokens.shape[3:])))
 
     def _score(self, states: LayerStates) -> Tensor:
-        """The scorer's `[B, H, L]` scores in fp32, checked; its own infinities made finite."""
+        """The scorer's `[B, H, L]` scores in fp32, checked; its own infinities made finite, `-inf` where no slot is."""
+        if states.valid is None:
+            return self._score_heads(states)
+        scores = torch.full(states.keys.shape[:3], -torch.inf, device=states.keys.device)
+        for row, head, tokens, alone in states.heads_apart():
+            scores[row, head, tokens] = self._score_heads(alone)[0, 0]
+        return scores
+
+    def _score_heads(self, states: LayerStates) -> Tensor:
         scores = self.scorer.score(states)
         name = type(self.scorer).__name__
         if not isinstance(scores, Tensor) or scores.shape != states.keys.shape[:3]:
@@ -91,12 +182,23 @@ class Fold:
             raise ValueError(f"scorer {name} returned NaN in layer {states.layer_idx}; scores must be comparable")
         return scores.clamp(torch.finfo(torch.float32).min, torch.finfo(torch.float32).max)
 
-    def _protect(self, scores: Tensor, num_slots: int) -> Tensor:
+    def _protect(self, scores: Tensor, states: LayerStates, num_slots: int) -> Tensor:
         """Infinite scores for sinks and recent tokens, clipped to `num_slots`."""
         sinks = min(self.sink_tokens, num_slots)
         recent = min(self.recent_tokens, num_slots - sinks)
-        index = torch.arange(scores.shape[2], device=scores.device)
-        return scores.masked_fill((index < sinks) | (index >= len(index) - recent), torch.inf)
+        if states.valid is None:
+            index = torch.arange(scores.shape[2], device=scores.device)
+            return scores.masked_fill((index < sinks) | (index >= len(index) - recent), torch.inf)
+        index = states.valid.cumsum(dim=-1) - 1
+        count = states.valid.sum(dim=-1, keepdim=True)
+        return scores.masked_fill(states.valid & ((index < sinks) | (index >= count - recent)), torch.inf)
+
+
+def num_tokens_per_head(states: LayerStates) -> int:
+    """How many tokens each head has on average, in the row that has most, rounded up."""
+    if states.valid is None:
+        return states.num_tokens
+    return int(states.valid.sum(dim=(1, 2)).max().div(states.keys.shape[1]).ceil())
 
 
 def check_finite(states: LayerStates) -> None:
@@ -107,3 +209,47 @@ def check_finite(states: LayerStates) -> None:
                 f"layer {states.layer_idx} has non-finite {name} (NaN or infinity) and cannot be folded; the model "
                 f"overflowed in {tensor.dtype}: load it in bfloat16 or float32, or look at its inputs"
             )
+
+
+def _keep_everything(states: LayerStates) -> Slots:
+    every = torch.arange(states.num_tokens, device=states.keys.device).expand(states.positions.shape)
+    slots = Slots.of_survivors(states, Survivors(every))
+    tokens = None if states.statistics is None else states.statistics.tokens
+    return replace(slots, valid=states.valid, statistics=tokens)
+
+
+def _assemble_slots(states: LayerStates, parts: list[tuple[Tensor, slice, Slots]]) -> Slots:
+    """Slots of rows and heads that have different numbers of them, the existing ones last."""
+    longest = max((part.keys.shape[2] for _, _, part in parts), default=0)
+    slots = Slots.empty(states, longest)
+    for rows, heads, part in parts:
+        columns = torch.arange(longest - part.keys.shape[2], longest, device=rows.device)
+        slots = slots.write(part, rows, heads, columns)
+    return slots
+
+
+def _assemble_statistics(
+    states: LayerStates, parts: Iterable[tuple[Tensor, slice, Tensor, Statistics | None]]
+) -> Statistics | None:
+    """Statistics of rows and heads that were observed apart: `(rows, heads, tokens, statistics)`."""
+    batch, num_heads = states.keys.shape[:2]
+    tokens_of_all: Tensor | None = None
+    queries_of_all: tuple[Tensor, ...] = ()
+    for rows, heads, tokens, part in parts:
+        if part is None:
+            return None
+        every_head = torch.arange(num_heads, device=rows.device)[heads]
+        if part.tokens is not None:
+            if tokens_of_all is None:
+                shape = (batch, num_heads, states.num_tokens, *part.tokens.shape[3:])
+                tokens_of_all = part.tokens.new_zeros(shape)
+            tokens_of_all[rows.view(-1, 1, 1), every_head.view(1, -1, 1), tokens.view(1, 1, -1)] = part.tokens
+        if not part.queries:
+            continue
+        group = part.queries[0].shape[1] // len(every_head)
+        if not queries_of_all:
+            queries_of_all = tuple(q.new_zeros((batch, num_heads * group, *q.shape[2:])) for q in part.queries)
+        query_heads = (every_head.view(-1, 1) * group + torch.arange(group, device=rows.device)).view(1, -1)
+        for whole, mine in zip(queries_of_all, part.queries, strict=True):
+            whole[rows.view(-1, 1), query_heads] = mine
+    return None if tokens_of_all is None and not queries_of_all else Statistics(tokens_of_all, queries_of_all)

@@ -6,14 +6,18 @@ how tokens are scored, chosen and merged (`fold.py`) or of the precision they ar
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from .attention import Link, Pass
 from .config import MergingConfig
+from .observed import Observed, Owner
 from .padding import Padding
+from .ragged import RaggedLayout, RaggedStorage
 from .states import LayerStates, Slots
 from .storage import DenseStorage
 
@@ -26,7 +30,8 @@ class MergingLayer(DynamicLayer):
 
     Attributes:
         seen: tokens seen, folded ones included.
-        num_slots: slots per head left by the last fold; what is stored beyond them is the tail.
+        num_slots: slots per head left by the last fold (of the head that has most); what is stored beyond them is the
+            tail.
         num_merged, num_dropped: `[B, H]`, tokens evicted so far that were folded into a survivor, and that were not.
     """
 
@@ -34,14 +39,18 @@ class MergingLayer(DynamicLayer):
         self,
         config: MergingConfig,
         padding: Padding,
+        link: Link,
         layer_idx: int,
+        layer_rank: tuple[int, int] | None = None,
         storage: Callable[[], DenseStorage] = DenseStorage,
     ) -> None:
         # not calling the parent's: it would assign `keys` and `values`, which are computed here
         self.layer_idx = layer_idx
+        self.layer_rank = layer_rank
         self._config = config
         self._fold = config.build()
         self._padding = padding
+        self._link = link
         self._new_storage = storage
         self._clear()
 
@@ -54,10 +63,12 @@ class MergingLayer(DynamicLayer):
         self.record_past = False
         self._drafting = False  # a recorded prompt was cropped, so what comes next are drafts and not a prompt
         self._fold_due = False
+        self._awaited: tuple[Tensor, Tensor] | None = None  # what a pass returned, until its attention comes
+        self._observed = Observed()
         self._shape: tuple[int, int] | None = None  # (batch, KV heads)
         self._dims: tuple[int, int] | None = None  # head dimensions of keys and values
         self._storage = self._new_storage()
-        self._slot_positions: Tensor | None = None
+        self._slot_positions: Tensor | None = None  # [B, H, S], or [N] where heads differ
         self._slot_log_mass: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -87,14 +98,36 @@ class MergingLayer(DynamicLayer):
         return self._storage.length
 
     @property
-    def positions(self) -> Tensor | None:
-        """`[B, H, S]`, the position in the sequence of each stored key; `None` before the first update."""
+    def _layout(self) -> RaggedLayout | None:
+        """Where the slots lie if heads have different numbers of them."""
+        return self._storage.layout if isinstance(self._storage, RaggedStorage) else None
+
+    def _of_slots(self, stored: Tensor, fill: float) -> Tensor:
+        """`[B, H, S]`, what is stored for each slot, with `fill` where a head has none."""
+        return stored if self._layout is None else self._layout.pad(stored, fill)
+
+    @property
+    def slots_per_head(self) -> Tensor | None:
+        """`[B, H]`, how many slots each head has; `None` before the first update."""
         if not self.num_stored:
             return None
-        shape = self._shape
+        if self._layout is not None:
+            return self._layout.lengths
+        return torch.full(self._shape, self.num_slots, device=self.device)
+
+    @property
+    def positions(self) -> Tensor | None:
+        """`[B, H, S]`, the position in the sequence of each stored key, -1 where heads differ and this one has no slot.
+
+        `None` before the first update.
+        """
+        if not self.num_stored:
+            return None
         tail_start = self.seen - (self.num_stored - self.num_slots)
-        tail = torch.arange(tail_start, self.seen, device=self.device).expand(*shape, -1)
-        return tail if self._slot_positions is None else torch.cat([self._slot_positions.long(), tail], dim=2)
+        tail = torch.arange(tail_start, self.seen, device=self.device).expand(*self._shape, -1)
+        if self._slot_positions is None:
+            return tail
+        return torch.cat([self._of_slots(self._slot_positions, -1).long(), tail], dim=2)
 
     @property
     def log_mass(self) -> Tensor | None:
@@ -102,13 +135,13 @@ class MergingLayer(DynamicLayer):
         if self._slot_log_mass is None:
             return None
         tail = self.num_stored - self.num_slots
-        return torch.nn.functional.pad(self._slot_log_mass, (0, tail))
+        return torch.nn.functional.pad(self._of_slots(self._slot_log_mass, 0.0), (0, tail))
 
     @property
     def nbytes(self) -> int:
-        """Bytes this layer holds: keys, values, positions, mass and counts."""
-        extra = (self._slot_positions, self._slot_log_mass, self.num_merged, self.num_dropped)
-        return self._storage.nbytes + sum(tensor.nbytes for tensor in extra if tensor is not None)
+        """Bytes this layer holds: keys, values, positions, mass, counts, and what it observed."""
+        extra = (self._slot_positions, self._slot_log_mass, self.num_merged, self.num_dropped, self._observed)
+        return self._storage.nbytes + sum(part.nbytes for part in extra if part is not None)
 
     @property
     def full_nbytes(self) -> int:
@@ -123,88 +156,216 @@ class MergingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store the keys and values `[B, H, q, D]` of a pass, fold if it is time, return all that the pass attends to.
 
-        What is returned is never folded by this pass's own tokens: a prompt attends to itself in full.
+        What is returned is never folded by this pass's own tokens: a prompt attends to itself in full. Where the model
+        is linked, the fold waits until that attention is done (see `attended`).
 
         Raises:
             ValueError: for an empty pass, another batch size or shape than what is stored, or states that cannot be
-                folded. Nothing is stored then.
+                folded. Nothing is stored then. Also if an earlier pass did not bring what the fold needs.
         """
         self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
-        if new == 1 and not self.record_past:
+        self._miss_attention()
+        if not self.record_past and (new == 1 or self._config.fold_at == "prefill"):
             self._fold_if_due()
-        if new > 1 and self._folds_after_pass(new):
-            keys, values = self._with_stored(key_states, value_states)
-            slots = self._folded(keys, values, self.seen + new)
-            self._count(key_states, value_states)
-            self._replace(slots)
-            return keys, values
-
-        self._storage.append(key_states, value_states)
-        self._count(key_states, value_states)
-        if new > 1 and self._waits_to_fold:
-            self._fold_due = True
+        before = self.num_stored
+        if before:
+            self._storage.append(key_states, value_states)
+        else:
+            # the layout that DynamicCache returns: another one may mean another kernel and other last bits
+            self._storage.hold(key_states.contiguous(), value_states.contiguous())
+        self.seen += new
+        self._shape = (key_states.shape[0], key_states.shape[1])
+        self._dims = (key_states.shape[3], value_states.shape[3])
+        is_prompt = new > 1 and not self._drafting
         keys, values = self._storage.read()
-        if not self._fold_due and not self.record_past:
+        is_prompt = is_prompt and self._config.compression_ratio != 0
+        num_slots = self._config.num_slots(self.seen)
+        if is_prompt and self._fold.is_due(self._tokens_per_head, self.seen, num_slots, self.layer_rank):
+            self._fold_due = True
+        if is_prompt and self._link.expected:
+            self._announce(keys, new, self)
+            self._awaited = keys, values
+            return keys, values
+        if self._fold_due and not self.record_past and self._config.fold_at == "prefill":
+            try:
+                self._fold_if_due(keys, values)
+            except Exception:
+                self._take_back(before, new)
+                raise
+        elif not self._fold_due and not self.record_past:
             self._storage.settle()
+        if self._fold.budget.ragged:
+            self._announce(keys, new)
         return keys, values
 
-    def _count(self, keys: Tensor, values: Tensor) -> None:
-        self.seen += keys.shape[2]
-        self._shape = (keys.shape[0], keys.shape[1])
-        self._dims = (keys.shape[3], values.shape[3])
+    def _announce(self, keys: Tensor, new: int, layer: "MergingLayer | None" = None) -> None:
+        """Mark the keys of a pass of `new` tokens for its attention."""
+        slots = self.num_slots
+        bias = None
+        if slots and (self._layout is not None or self._slot_log_mass is not None):
+            bias = torch.zeros((*self._shape, slots), device=self.device)
+            if self._slot_log_mass is not None:
+                bias = self._of_slots(self._slot_log_mass, 0.0).float()
+            if self._layout is not None:
+                bias = bias.masked_fill(~self._layout.valid, torch.finfo(self.dtype).min)
+        Pass(layer, self.layer_idx, keys.shape[2], slots, bias).announce(keys)
 
-    def _folds_after_pass(self, length: int) -> bool:
-        """Whether a pass of several tokens is folded at its end."""
-        now = self._config.fold_at == "prefill" and not self.record_past
-        return now and self._config.num_slots(self.seen + length) < self.num_stored + length
+    def attended(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor | None,
+        module: torch.nn.Module,
+        scaling: float | None,
+        hidden_states: Tensor | None,
+    ) -> None:
+        """The attention of the last pass is done: observe its queries, and fold if it is time.
+
+        Args:
+            query: `[B, Hq, q, D]`, after RoPE.
+            key, value: what the attention was given.
+            visible: `[B, L]` bool, the keys that are not padding, or `None` where none is.
+            module, scaling: the attention module and its factor on the logits.
+            hidden_states: `[B, q, hidden]`, the module's input, where someone asked for it.
+        """
+        keys, values = self._awaited
+        self._awaited = None
+        new = query.shape[2]
+        self._padding.observe(None if visible is None else ~visible[:, -new:], self.seen - new, query.shape[0])
+        self._observed.owner, self._observed.scaling = Owner(module), scaling
+        if self._fold.observes:
+            with torch.no_grad():
+                queries = self._by_stored_head(query.detach(), key, keys)
+                self._observed.receive(queries, self.seen - new, hidden_states)
+                if not self.record_past:
+                    self._observed.digest(self._fold, self._states(keys, values))
+        if not self.record_past:
+            if self._config.fold_at == "prefill":
+                self._fold_if_due(keys, values)
+            if not self._fold_due:
+                self._storage.settle()
+
+    def _by_stored_head(self, query: Tensor, key: Tensor, stored: Tensor) -> Tensor:
+        """The query heads in the order of the stored KV heads that they read.
+
+        They come that way, unless the model computes other keys `key` from the `stored` ones before it attends.
+        """
+        if key.shape == stored.shape:
+            return query
+        if key.shape[1] % stored.shape[1] == 0 and key.shape[2:] == stored.shape[2:]:
+            # heads repeated in an order of the model's own: the keys of the last token tell which is which
+            same = (key[0, :, None, -1] == stored[0, None, :, -1]).all(dim=-1)  # [attended heads, stored heads]
+            if bool((same.sum(dim=1) == 1).all()):
+                order = same.int().argmax(dim=1).repeat_interleave(query.shape[1] // key.shape[1])
+                return query[:, order.argsort(stable=True)]
+        raise ValueError(
+            f"layer {self.layer_idx} of {self._link.model_name} caches keys {tuple(stored.shape)} but attends to keys "
+            f"{tuple(key.shape)} that it computes from them (as multi-head latent attention does), so its queries "
+            "cannot be compared with what is cached; choose a scorer that needs keys and values only, such as "
+            "scorer='keydiff'"
+        )
+
+    def _miss_attention(self) -> None:
+        """Go on without an attention that never came, if that is possible."""
+        if self._awaited is not None and self._link.needed:
+            stages = [stage for stage in self._fold.stages.values() if stage.needs_attention]
+            stages += [self._fold.budget] if self._fold.budget.ragged and self._fold.budget not in stages else []
+            names = " and ".join(type(stage).__name__ for stage in stages)
+            raise ValueError(
+                f"{names} must see the attention of {self._link.model_name}, but layer {self.layer_idx} was told of "
+                f"none. Give the cache the model, {self._link.cache_name}(model=model, ...), or generate inside `with "
+                "merging_attention(model):`. If you did, this model's attention does not go through transformers' "
+                "attention interface (or its attention implementation was changed since): choose stages that need keys "
+                "and values only, such as scorer='keydiff' and budget='uniform'"
+            )
+        self._awaited = None
+
+    def _take_back(self, stored: int, new: int) -> None:
+        """Undo the append of a pass of `new` tokens."""
+        self._storage.truncate(stored)
+        self.seen -= new
+        self._fold_due = False
 
     @property
-    def _waits_to_fold(self) -> bool:
-        """Whether a pass of several tokens is folded later, as a prompt is and drafts are not."""
-        return not self._drafting if self.record_past else self._config.fold_at == "decode"
+    def _tokens_per_head(self) -> int:
+        """How many tokens are stored per head: the mean over heads, in the row that stores most, rounded up."""
+        if self._layout is None:
+            return self.num_stored
+        in_slots = self._layout.lengths.sum(dim=1).max().div(self._shape[1]).ceil()
+        return int(in_slots) + self.num_stored - self.num_slots
 
     @property
     def _slots_when_due(self) -> int:
-        """How many tokens are stored once the fold that is due, if one is, has been done."""
+        """How many tokens are stored once the fold that is due, if one is, has been done.
+
+        Where layers differ this is not known before, and need not be: masks are fitted to each layer then.
+        """
         return min(self.num_stored, self._config.num_slots(self.seen)) if self._fold_due else self.num_stored
 
-    def _fold_if_due(self) -> None:
-        if self._slots_when_due < self.num_stored:
-            self._replace(self._folded(*self._storage.read(), self.seen))
+    def _fold_if_due(self, *stored: Tensor) -> None:
+        """Fold what is stored, if that is due; `stored` are its keys and values where they are at hand."""
+        if self._fold_due:
+            self._replace(self._folded(*(stored or self._storage.read())))
         self._fold_due = False
 
-    def _with_stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.num_stored:
-            # the layout that DynamicCache returns: another one may mean another kernel and other last bits
-            return keys.contiguous(), values.contiguous()
-        stored_keys, stored_values = self._storage.read()
-        return torch.cat([stored_keys, keys], dim=2), torch.cat([stored_values, values], dim=2)
-
-    def _folded(self, keys: Tensor, values: Tensor, seen: int) -> Slots:
-        """Fold `[B, H, L, D]` states, the last of which is token `seen - 1`; changes nothing here."""
-        new = keys.shape[2] - self.num_stored
-        positions = torch.arange(seen - new, seen, device=keys.device).expand(*keys.shape[:2], -1)
-        log_mass = self.log_mass
-        if self.num_stored:
-            positions = torch.cat([self.positions, positions], dim=2)
-            log_mass = None if log_mass is None else torch.nn.functional.pad(log_mass, (0, new))
-        self._check_mergeable(keys, values)
-        self._padding.warn_if_unknown(keys)
+    def _states(self, keys: Tensor, values: Tensor) -> LayerStates:
+        """Everything that is stored and was observed, with positions that do not count padding."""
+        positions, log_mass, valid = self.positions, self.log_mass, None
         # padding is evicted from all heads alike, so one head's positions tell
         padding = self._padding.of_tokens(positions[:, 0])
-        states = LayerStates(keys, values, positions, log_mass, padding, layer_idx=self.layer_idx)
+        if self._layout is not None:
+            tail = self.num_stored - self.num_slots
+            valid = torch.nn.functional.pad(self._layout.valid, (0, tail), value=True)
+            if padding is not None:
+                padding[:, : self.num_slots] = False  # none is among ragged slots
+                padding = padding if padding.any() else None
+        observed, query_positions = self._observed, None
+        if observed.queries is not None:
+            query_positions = self._padding.row_positions(observed.positions.expand(self._shape[0], -1))
+        return LayerStates(
+            keys=keys,
+            values=values,
+            positions=self._padding.row_positions(positions),
+            log_mass=log_mass,
+            padding=padding,
+            valid=valid,
+            queries=observed.queries,
+            query_positions=query_positions,
+            hidden_states=observed.hidden_states,
+            statistics=None if observed.statistics is None else observed.statistics.resized(self.num_stored),
+            module=observed.owner.module,
+            scaling=observed.scaling,
+            layer_idx=self.layer_idx,
+            layer_rank=self.layer_rank,
+        )
+
+    def _folded(self, keys: Tensor, values: Tensor) -> Slots:
+        """Fold what is stored; changes nothing here."""
+        self._check_mergeable(keys, values)
+        self._padding.warn_if_unknown(keys)
         with torch.no_grad():
-            return self._fold(states, self._config.num_slots(seen))
+            slots = self._fold(self._states(keys, values), self._config.num_slots(self.seen))
+        return replace(slots, positions=self._padding.sequence_positions(slots.positions))
 
     def _replace(self, slots: Slots) -> None:
         """Store folded slots in place of everything."""
-        self._storage.replace(slots.keys, slots.values)
-        self.num_slots = slots.keys.shape[2]
         self._slot_positions = slots.positions.int()  # 4 bytes a slot; a view of 8 would count against small heads
         self._slot_log_mass = slots.log_mass
+        if slots.valid is None:
+            if self._layout is not None:
+                self._storage = self._new_storage()
+            self._storage.replace(slots.keys, slots.values)
+        else:
+            layout = RaggedLayout.of_valid(slots.valid)
+            self._storage = RaggedStorage(self._new_storage, layout, slots.keys, slots.values)
+            self._slot_positions = self._slot_positions[slots.valid]
+            self._slot_log_mass = None if slots.log_mass is None else slots.log_mass[slots.valid]
+        self._observed.refer_to_slots(slots.statistics)
+        self.num_slots = slots.keys.shape[2]
         first = self.num_merged is None
         self.num_merged = slots.num_merged if first else self.num_merged + slots.num_merged
         self.num_dropped = slots.num_dropped if first else self.num_dropped + slots.num_dropped
@@ -217,7 +378,7 @@ class MergingLayer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """`(stored + query_length, seen - stored)`: keys in the next pass, and how many columns of the mask to skip."""
-        folds_first = query_length == 1 and not self.record_past
+        folds_first = not self.record_past and (query_length == 1 or self._config.fold_at == "prefill")
         stored = self._slots_when_due if folds_first else self.num_stored
         return stored + query_length, self.seen - stored
 
@@ -241,10 +402,15 @@ class MergingLayer(DynamicLayer):
         remove = self.check_crop(tokens_to_remove)
         if not self.num_stored:
             return
+        self._miss_attention()
         self._storage.truncate(self.num_stored - remove)
         self.seen -= remove
+        self._observed.truncate(self.seen, self.num_stored)
         if self.record_past:
             self._drafting = True
+            if self._fold.observes and self._observed.new:
+                with torch.no_grad():
+                    self._observed.digest(self._fold, self._states(*self._storage.read()))
             self._fold_if_due()
             self._storage.settle()
 
@@ -289,9 +455,11 @@ class MergingLayer(DynamicLayer):
             return
         self._storage.select_rows(indices)
         self._shape = (len(indices), self._shape[1])
+        self._observed.select_rows(indices)
+        ragged = ("_slot_positions", "_slot_log_mass") if self._layout is not None else ()  # rows share these
         for name in ("_slot_positions", "_slot_log_mass", "num_merged", "num_dropped"):
             tensor = getattr(self, name)
-            if tensor is not None:
+            if tensor is not None and name not in ragged:
                 setattr(self, name, tensor.index_select(0, indices.to(tensor.device)))
 
     def offload(self) -> None:

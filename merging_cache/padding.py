@@ -16,13 +16,14 @@ class Padding:
 
     def __init__(self, attention_mask: Tensor | None = None) -> None:
         self._mask: Tensor | None = None  # [rows, columns] bool, True for padding; None where no token is padding
-        self._given = False
+        self._told = False  # by the user
+        self._known = False  # or by the attention of a linked model
         self._warned = False
         self.set(attention_mask)
 
     def set(self, attention_mask: Tensor | None) -> None:
         """Take a mask `[rows, columns]` as tokenizers give it: 1 for tokens, 0 for padding."""
-        self._given = attention_mask is not None
+        self._told = self._known = attention_mask is not None
         self._mask = None
         if attention_mask is None:
             return
@@ -43,9 +44,53 @@ class Padding:
         if self._mask is None:
             return None
         mask = self._for_batch(positions.shape[0]).to(positions.device)
-        known = positions.clamp_max(mask.shape[1] - 1)
-        padding = mask.gather(1, known) & (positions < mask.shape[1])
+        padding = mask.gather(1, positions.clamp(0, mask.shape[1] - 1)) & (positions < mask.shape[1])
         return padding if padding.any() else None
+
+    def observe(self, padding: Tensor | None, first: int, batch: int) -> None:
+        """Learn from an attention mask which tokens of a pass are padding, unless the user has told.
+
+        Args:
+            padding: `[B, q]` bool for the tokens at positions `first` to `first + q - 1`; `None` where none is.
+            first: the position of the first of them.
+            batch: B.
+        """
+        if self._told:
+            return
+        self._known = True
+        if padding is None or not padding.any():
+            if self._mask is not None:
+                self._mask = self._mask[:, :first]
+            return
+        before = torch.zeros((batch, first), dtype=torch.bool, device=padding.device)
+        if self._mask is not None:
+            mask = self._for_batch(batch).to(padding.device)[:, :first]
+            before[:, : mask.shape[1]] = mask
+        self._mask = torch.cat([before, padding], dim=1)
+
+    def row_positions(self, positions: Tensor) -> Tensor:
+        """Positions `[B, ..., L]` in the padded sequence to positions in the row alone; padding gets negative ones."""
+        if self._mask is None or self._mask.shape[1] == 0:
+            return positions
+        mask = self._for_batch(positions.shape[0]).to(positions.device)
+        flat = positions.flatten(1)
+        index = flat.clamp(0, mask.shape[1] - 1)
+        alone = flat - mask.cumsum(dim=1).gather(1, index)
+        padding = mask.gather(1, index) & (flat < mask.shape[1])
+        return torch.where(padding | (flat < 0), -1 - flat, alone).view_as(positions)
+
+    def sequence_positions(self, positions: Tensor) -> Tensor:
+        """The inverse of `row_positions`."""
+        if self._mask is None or self._mask.shape[1] == 0:
+            return positions
+        mask = self._for_batch(positions.shape[0]).to(positions.device)
+        real = mask.to(torch.uint8).sort(dim=1, stable=True).indices  # positions of real tokens first
+        num_real = (~mask).sum(dim=1, keepdim=True)
+        flat = positions.flatten(1)
+        known = real.gather(1, flat.clamp(0, mask.shape[1] - 1))
+        later = flat + (mask.shape[1] - num_real)
+        sequence = torch.where(flat < num_real, known, later)
+        return torch.where(flat < 0, -1 - flat, sequence).view_as(positions)
 
     def select_rows(self, indices: Tensor, batch: int) -> None:
         """Follow the batch of size `batch` where its rows are reordered, repeated or selected."""
@@ -54,7 +99,7 @@ class Padding:
 
     def warn_if_unknown(self, keys: Tensor) -> None:
         """Say once that a batch of different rows is folded although nobody told which tokens are padding."""
-        if self._given or self._warned or keys.shape[0] == 1 or torch.equal(keys[1:], keys[:-1]):
+        if self._known or self._warned or keys.shape[0] == 1 or torch.equal(keys[1:], keys[:-1]):
             return
         self._warned = True
         warnings.warn(

@@ -210,6 +210,11 @@ class QuantizedStorage:
         """Store new tokens, in full precision until `settle`."""
         self.residual.append(keys, values)
 
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Store these in place of everything, in full precision until `settle`."""
+        self.segments, self.residual = [], DenseStorage()
+        self.residual.hold(keys, values)
+
     def settle(self) -> None:
         """Quantize the residual if it is long enough; older segments are left as they are."""
         if self.residual.length and self.residual.length >= self.residual_length:

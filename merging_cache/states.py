@@ -3,32 +3,73 @@
 Plain tensors and nothing else: scorers, budgets and mergers know these records and torch, never transformers.
 """
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """What a scorer remembers of the passes it observed (see `Scorer.observe`).
+
+    Args:
+        tokens: `[B, H, L, ...]`, numbers kept per stored token: survivors keep theirs, the evicted lose theirs.
+        queries: tensors `[B, Hq, ...]` about all queries so far, such as sums over them.
+    """
+
+    tokens: Tensor | None = None
+    queries: tuple[Tensor, ...] = ()
+
+    def select(self, rows: Tensor, tokens: Tensor | None = None) -> "Statistics":
+        """Of these `rows` (indices), and of these `tokens` (indices) where any are named."""
+        mine = None if self.tokens is None else self.tokens[rows]
+        if mine is not None and tokens is not None:
+            mine = mine.index_select(2, tokens)
+        return Statistics(mine, tuple(tensor[rows] for tensor in self.queries))
+
+    def resized(self, length: int) -> "Statistics":
+        """With room for `length` tokens: zeros for new ones, or without the last ones."""
+        if self.tokens is None or self.tokens.shape[2] == length:
+            return self
+        kept = self.tokens[:, :, :length]
+        new = kept.new_zeros((*kept.shape[:2], length - kept.shape[2], *kept.shape[3:]))
+        return replace(self, tokens=torch.cat([kept, new], dim=2))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(tensor.nbytes for tensor in (self.tokens, *self.queries) if tensor is not None)
+
+
+@dataclass(frozen=True)
 class LayerStates:
     """Everything one attention layer knows about its tokens when it folds.
 
-    Scorers and mergers called by a cache never meet padding: rows are handed over without it (see `fold.py`), so
-    `padding` is `None` there and a scorer can be written as if every row were alone.
+    Scorers and mergers called by a cache never meet padding, nor heads of different lengths: rows and heads are handed
+    over without (see `fold.py`), so a scorer can be written as if every row were alone.
 
     Args:
         keys: `[B, H, L, D]`, after RoPE, in the model's precision.
         values: `[B, H, L, D]`.
-        positions: `[B, H, L]`, the position of each token in the (padded) sequence, ascending. `None` numbers the
-            tokens 0 to L - 1.
+        positions: `[B, H, L]`, the position of each token in its row (padding not counted), ascending. `None` numbers
+            the tokens 0 to L - 1.
         log_mass: `[B, H, L]`, added to a slot's attention logits where earlier folds gave it mass, or `None`.
         padding: `[B, L]` bool, True where the token is padding, or `None` where there is none.
-        queries: `[B, Hq, n, D]` observed queries after RoPE, or `None`.
-        query_positions: `[n]`, their positions.
-        hidden_states: `[B, n, hidden]`, or `None`.
-        module: the attention module, where the cache is bound to a model.
-        scaling: the factor on the attention logits.
+        valid: `[B, H, L]` bool, False where a head has no such slot, or `None` where heads have as many.
+        queries: `[B, Hq, n, D]` observed queries after RoPE, oldest first, or `None`. Query heads `h * G` to
+            `h * G + G - 1` read KV head `h`, with `G = Hq / H`.
+        query_positions: `[B, n]` (or `[n]` where rows agree), their positions; negative where one is padding.
+        hidden_states: `[B, q, hidden]`, the attention's input for the newest tokens, or `None`.
+        statistics: what the scorer has observed, see `Scorer.observe`.
+        module: the attention module, where the model is known.
+        scaling: the factor on the attention logits; `None` for `1 / sqrt(D)`.
+        rotary: the layer's rotary embedding, where the scorer asked for it.
         layer_idx: the layer's index in the model.
+        layer_rank: `(i, n)`, this is folding layer `i` of `n`, or `None` where that is not known.
+        heads: `[H]`, which of the layer's KV heads these are, or `None` for all of them in order.
 
     Raises:
         ValueError: if keys, values, positions or padding do not fit together.
@@ -39,12 +80,17 @@ class LayerStates:
     positions: Tensor | None = None
     log_mass: Tensor | None = None
     padding: Tensor | None = None
+    valid: Tensor | None = None
     queries: Tensor | None = None
     query_positions: Tensor | None = None
     hidden_states: Tensor | None = None
+    statistics: Statistics | None = None
     module: torch.nn.Module | None = None
     scaling: float | None = None
+    rotary: Any = None
     layer_idx: int | None = None
+    layer_rank: tuple[int, int] | None = None
+    heads: Tensor | None = None
 
     def __post_init__(self) -> None:
         batch, heads, length = self.keys.shape[:3]
@@ -57,18 +103,40 @@ class LayerStates:
             raise ValueError(f"positions are {tuple(self.positions.shape)}, expected {(batch, heads, length)}")
         if self.padding is not None and self.padding.shape != (batch, length):
             raise ValueError(f"padding is {tuple(self.padding.shape)}, expected {(batch, length)}")
+        if self.query_positions is not None and self.query_positions.dim() == 1:
+            object.__setattr__(self, "query_positions", self.query_positions.expand(batch, -1))
 
     @property
     def num_tokens(self) -> int:
         """L, the number of stored tokens of every row and head."""
         return self.keys.shape[2]
 
+    @property
+    def group_size(self) -> int:
+        """G, the number of query heads that read each KV head."""
+        return self.queries.shape[1] // self.keys.shape[1]
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor on the attention logits."""
+        return self.keys.shape[3] ** -0.5 if self.scaling is None else self.scaling
+
     def select(self, rows: Tensor, tokens: Tensor) -> "LayerStates":
-        """The states of these `rows` (indices) and `tokens` (indices, ascending), without padding."""
+        """The states of these `rows` (indices) and `tokens` (indices, ascending), without padding.
+
+        Of the queries those stay that are real in the first of the rows; call it for rows that are padded alike.
+        """
 
         def take(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[rows].index_select(2, tokens)
 
+        queries, query_positions, hidden = self.queries, self.query_positions, self.hidden_states
+        if queries is not None:
+            asked = (query_positions[rows[0]] >= 0).nonzero().squeeze(1)
+            queries, query_positions = queries[rows][:, :, asked], query_positions[rows][:, asked]
+        if hidden is not None:
+            newest = tokens - (self.num_tokens - hidden.shape[1])
+            hidden = hidden[rows].index_select(1, newest[newest >= 0])
         return replace(
             self,
             keys=take(self.keys),
@@ -76,8 +144,60 @@ class LayerStates:
             positions=take(self.positions),
             log_mass=take(self.log_mass),
             padding=None,
-            queries=None if self.queries is None else self.queries[rows],
-            hidden_states=None if self.hidden_states is None else self.hidden_states[rows],
+            valid=take(self.valid),
+            queries=queries,
+            query_positions=query_positions,
+            hidden_states=hidden,
+            statistics=None if self.statistics is None else self.statistics.select(rows, tokens),
+        )
+
+    def rows_alike(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Groups of rows with the same padding: their indices and those of their real tokens."""
+        padding = self.padding
+        if padding is None:
+            padding = torch.zeros_like(self.positions[:, 0], dtype=torch.bool)
+        length = padding.shape[1]
+        if self.query_positions is not None:
+            padding = torch.cat([padding, self.query_positions < 0], dim=1)
+        patterns, pattern_of_row = torch.unique(padding, dim=0, return_inverse=True)
+        for index, pattern in enumerate(patterns):
+            yield (pattern_of_row == index).nonzero().squeeze(1), (~pattern[:length]).nonzero().squeeze(1)
+
+    def heads_apart(self) -> Iterator[tuple[int, int, Tensor, "LayerStates"]]:
+        """Every KV head of every row with what it really stores, as a batch of one row with one head.
+
+        Yields `(row, head, tokens, states)`, `tokens` being the indices of its tokens here.
+        """
+        every = torch.arange(self.num_tokens, device=self.keys.device)
+        heads = torch.arange(self.keys.shape[1]) if self.heads is None else self.heads
+        for row in range(self.keys.shape[0]):
+            for head in range(self.keys.shape[1]):
+                tokens = every if self.valid is None else self.valid[row, head].nonzero().squeeze(1)
+                yield row, head, tokens, self._head(row, head, tokens, heads[head : head + 1])
+
+    def _head(self, row: int, head: int, tokens: Tensor, heads: Tensor) -> "LayerStates":
+        def take(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[row : row + 1, head : head + 1].index_select(2, tokens)
+
+        def group(tensor: Tensor) -> Tensor:
+            size = tensor.shape[1] // self.keys.shape[1]
+            return tensor[row : row + 1, head * size : (head + 1) * size]
+
+        statistics = self.statistics
+        if statistics is not None:
+            statistics = Statistics(take(statistics.tokens), tuple(map(group, statistics.queries)))
+        return replace(
+            self,
+            keys=take(self.keys),
+            values=take(self.values),
+            positions=take(self.positions),
+            log_mass=take(self.log_mass),
+            valid=None,
+            queries=None if self.queries is None else group(self.queries),
+            query_positions=None if self.query_positions is None else self.query_positions[row : row + 1],
+            hidden_states=None if self.hidden_states is None else self.hidden_states[row : row + 1],
+            statistics=statistics,
+            heads=heads,
         )
 
 
@@ -87,7 +207,8 @@ class Survivors:
 
     Args:
         indices: `[B, H, K]`, ascending indices into the L stored tokens.
-        valid: `[B, H, K]` bool, False where a head has fewer than K slots; `None` where every slot is real.
+        valid: `[B, H, K]` bool, False where a head has fewer than K slots (its first ones then); `None` where every
+            slot is real.
         protected: `[B, H, K]` bool, True for sinks and recent tokens, into which nothing is merged; `None` for none.
     """
 
@@ -95,12 +216,25 @@ class Survivors:
     valid: Tensor | None = None
     protected: Tensor | None = None
 
+    @classmethod
+    def of_mask(cls, kept: Tensor) -> "Survivors":
+        """The survivors of `[B, H, L]` bool, True for tokens that keep their slot."""
+        counts = kept.sum(dim=-1, keepdim=True)
+        most = int(counts.max())
+        # a stable sort puts the evicted first and leaves the order of the others
+        indices = kept.to(torch.uint8).sort(dim=-1, stable=True).indices[..., kept.shape[2] - most :]
+        valid = torch.arange(most, device=kept.device) >= most - counts
+        return cls(indices) if bool(valid.all()) else cls(indices, valid)
+
+    def mask(self, num_tokens: int) -> Tensor:
+        """`[B, H, L]` bool, True for tokens that keep their slot."""
+        kept = torch.zeros((*self.indices.shape[:2], num_tokens), dtype=torch.bool, device=self.indices.device)
+        return kept.scatter_(2, self.indices, True if self.valid is None else self.valid)
+
     def evicted(self, num_tokens: int) -> Tensor:
-        """`[B, H, L - K]`, the ascending indices of the tokens that lose their slot."""
+        """`[B, H, L - K]`, the ascending indices of the tokens that lose their slot, where all heads lose as many."""
         batch, heads, kept = self.indices.shape
-        lost = torch.ones(batch, heads, num_tokens, dtype=torch.bool, device=self.indices.device)
-        lost.scatter_(2, self.indices, False)
-        return lost.nonzero()[:, 2].view(batch, heads, num_tokens - kept)
+        return (~self.mask(num_tokens)).nonzero()[:, 2].view(batch, heads, num_tokens - kept)
 
 
 @dataclass(frozen=True)
@@ -113,6 +247,9 @@ class Slots:
         num_merged: `[B, H]`, evicted tokens folded into a survivor in this fold.
         num_dropped: `[B, H]`, evicted tokens that were not.
         log_mass: `[B, H, K]`, or `None` where no slot has mass beyond its own token.
+        valid: `[B, H, K]` bool, True for the slots that exist where heads have different numbers of them, which are
+            the last ones of each head; `None` where all do.
+        statistics: `[B, H, K, ...]`, what the scorer keeps for each slot's token, or `None`.
     """
 
     keys: Tensor
@@ -121,6 +258,8 @@ class Slots:
     num_merged: Tensor
     num_dropped: Tensor
     log_mass: Tensor | None = None
+    valid: Tensor | None = None
+    statistics: Tensor | None = None
 
     @classmethod
     def of_survivors(cls, states: LayerStates, survivors: Survivors) -> "Slots":
@@ -136,18 +275,39 @@ class Slots:
             num_dropped=counts + (states.num_tokens - indices.shape[2]),
         )
 
-    def write_into(self, other: "Slots", rows: Tensor, columns: Tensor) -> None:
-        """Write these slots over `columns` (indices) of `rows` (indices) of another, larger record."""
-        for field in fields(self):
-            mine, whole = getattr(self, field.name), getattr(other, field.name)
-            if mine is None:
-                continue
-            if whole.dim() == 2:
-                whole[rows] = mine
-            else:
-                block = whole[rows]
-                block[:, :, columns] = mine
-                whole[rows] = block
+    @classmethod
+    def empty(cls, states: LayerStates, num_slots: int) -> "Slots":
+        """`num_slots` slots for every row and head, none of which exists yet; `write` fills them."""
+        batch, heads = states.keys.shape[:2]
+        counts = torch.zeros((batch, heads), dtype=torch.long, device=states.keys.device)
+        return cls(
+            keys=states.keys.new_zeros((batch, heads, num_slots, states.keys.shape[3])),
+            values=states.values.new_zeros((batch, heads, num_slots, states.values.shape[3])),
+            positions=states.positions.new_zeros((batch, heads, num_slots)),
+            num_merged=counts,
+            num_dropped=counts.clone(),
+            valid=torch.zeros((batch, heads, num_slots), dtype=torch.bool, device=states.keys.device),
+        )
+
+    def write(self, part: "Slots", rows: Tensor, heads: slice, columns: Tensor) -> "Slots":
+        """Write the slots of `part` over these rows, heads and columns; returns the result, changed in place."""
+        result = self
+        for name in ("log_mass", "statistics"):
+            mine, new = getattr(result, name), getattr(part, name)
+            if mine is None and new is not None:
+                room = new.new_zeros((*result.positions.shape, *new.shape[3:]))
+                result = replace(result, **{name: room})
+        rows = rows.unsqueeze(1)
+        every_head = torch.arange(self.keys.shape[1], device=rows.device)[heads].unsqueeze(0)
+        for name in ("num_merged", "num_dropped"):
+            getattr(result, name)[rows, every_head] = getattr(part, name)
+        here = (rows.unsqueeze(2), every_head.unsqueeze(2), columns.view(1, 1, -1))
+        for name in ("keys", "values", "positions", "log_mass", "statistics"):
+            if (new := getattr(part, name)) is not None:
+                getattr(result, name)[here] = new
+        if result.valid is not None:
+            result.valid[here] = True if part.valid is None else part.valid
+        return result
 
 
 def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ class DenseStorage:
         self.length = 0
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
+        self._held = False
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all stored tokens; views, valid until something is appended, cropped or replaced."""
@@ -26,14 +27,21 @@ class DenseStorage:
         self._keys = self._extended(self._keys, keys)
         self._values = self._extended(self._values, values)
         self.length += keys.shape[2]
+        self._held = False
 
     def settle(self) -> None:
         """Called when what is stored will stay as it is for now; quantized storage quantizes then."""
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        """Store these in place of everything without copying what needs no copy, in full precision until `settle`."""
+        self.replace(keys, values)
+        self._held = True  # they may be the model's own, and are not written to
 
     def replace(self, keys: Tensor, values: Tensor) -> None:
         """Store these in place of everything, without room to spare."""
         self._keys, self._values = owned(keys), owned(values)
         self.length = keys.shape[2]
+        self._held = False
 
     def truncate(self, length: int) -> None:
         """Forget all tokens after the first `length`."""
@@ -62,7 +70,7 @@ class DenseStorage:
             return new.clone(memory_format=torch.contiguous_format)
         if torch.is_grad_enabled() and (buffer.requires_grad or new.requires_grad):
             return torch.cat([buffer[:, :, : self.length], new], dim=2)  # autograd forbids writing in place
-        if needed > buffer.shape[2] or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
+        if self._held or needed > buffer.shape[2] or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
             capacity = needed + max(16, needed // 16)
             larger = buffer.new_empty((*buffer.shape[:2], capacity, buffer.shape[3]))
             larger[:, :, : self.length] = buffer[:, :, : self.length]

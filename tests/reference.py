@@ -90,6 +90,43 @@ def cur(keys, values, num_sinks=4, window=16):
     return [1.0 if i < num_sinks else product[i] / sum(product) for i in range(length)]
 
 
+def attention_row(states, row, query_head, query):
+    """The causal softmax of one query over the tokens: a list."""
+    keys = vectors(states.keys)[row][query_head * states.keys.shape[1] // states.queries.shape[1]]
+    q = vectors(states.queries)[row][query_head][query]
+    position = int(states.query_positions[row][query])
+    logits = [dot(q, k) / math.sqrt(len(q)) for k in keys]
+    seen = [i for i in range(len(keys)) if i <= position]
+    exponents = {i: math.exp(logits[i] - max(logits[j] for j in seen)) for i in seen}
+    return [exponents.get(i, 0.0) / sum(exponents.values()) for i in range(len(keys))]
+
+
+def snapkv(states, window, kernel):
+    batch, heads, length = states.keys.shape[:3]
+    group, num_queries = states.queries.shape[1] // heads, states.queries.shape[2]
+    asked = range(max(0, num_queries - window), num_queries)
+    before = length if len(asked) >= length else length - len(asked)
+    scores = torch.ones(batch, heads, length)
+    for row in range(batch):
+        for head in range(heads):
+            rows = [attention_row(states, row, head * group + g, q) for g in range(group) for q in asked]
+            mean = [sum(weights[i] for weights in rows) / len(rows) for i in range(length)]
+            for i in range(before):
+                near = range(i - kernel // 2, i + kernel // 2 + 1)
+                scores[row, head, i] = sum(mean[j] for j in near if 0 <= j < before) / kernel
+    return scores
+
+
+def tova(states):
+    batch, heads, length = states.keys.shape[:3]
+    scores = torch.ones(batch, heads, length)
+    for row in range(batch):
+        rows = [attention_row(states, row, head, -1) for head in range(states.queries.shape[1])]
+        for i in range(length - 1):
+            scores[row, :, i] = sum(weights[i] for weights in rows) / len(rows)
+    return scores
+
+
 def top_tokens(scores, count):
     """The indices of the `count` highest scores, ascending; of equal ones the later."""
     ranked = sorted(range(len(scores)), key=lambda i: (scores[i], i), reverse=True)

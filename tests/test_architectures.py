@@ -1,10 +1,15 @@
-"""All causal LM architectures of the installed transformers: prefill unchanged, and one exact step after the fold."""
+"""All causal LM architectures of the installed transformers: prefill unchanged, and one exact step after the fold.
+
+And, where the model is linked, the queries that its attention was given.
+"""
 
 import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from architectures import causal_lm_types, tiny_model
 from merging_cache import MergingDynamicCache, Scorer
@@ -27,16 +32,21 @@ class SameInAllHeads(Scorer):
         return scores.to(states.keys.device).expand(states.keys.shape[:3])
 
 
+def built(model_type):
+    """A tiny model on sdpa, or on eager attention if it has no other."""
+    try:
+        return tiny_model(model_type)
+    except ValueError as error:
+        if "sdpa" not in str(error) and "scaled_dot" not in str(error):
+            raise
+        return tiny_model(model_type, attention="eager")
+
+
 @torch.no_grad()
 def outcome(model_type):
     """`"exact"`, or why this architecture was not tried; an `AssertionError` if it went wrong."""
     try:
-        try:
-            model = tiny_model(model_type)
-        except ValueError as error:
-            if "sdpa" not in str(error) and "scaled_dot" not in str(error):
-                raise
-            model = tiny_model(model_type, attention="eager")
+        model = built(model_type)
     except Exception:
         return NOT_BUILT
     ids = torch.randint(5, 90, (1, LENGTH + 1), generator=torch.Generator().manual_seed(1))
@@ -98,3 +108,137 @@ def test_every_architecture_is_exact_or_refused():
     refused = {name for name, how in others.items() if how in (POSITION_BIAS, ENFORCES_POSITIONS)}
     assert refused <= {"bloom", "mpt", "inkling_text", "inkling2_text", "prophetnet"}
     assert len(exact) >= 105
+
+
+# The linked model -----------------------------------------------------------------------------------------------------
+
+# architectures whose queries do not reach a cache: every one refuses and says so
+OUTSIDE = "its attention does not go through the attention interface"
+BY_NAME = "its file does one thing for sdpa and eager by name, another for all other implementations"
+OTHER_KEYS = "it attends to other keys than it caches (latent attention)"
+NO_QUERIES = {
+    OTHER_KEYS: "axk1 bailing_hybrid deepseek_v2 deepseek_v3 glm4_moe_lite kimi_linear longcat_flash minicpm3 youtu",
+    OUTSIDE: """big_bird bloom codegen falcon gpt_neo gpt_neox_japanese gptj megatron-bert mpt mvp prophetnet rembert
+        roformer rwkv trocr xglm xlnet""",
+    BY_NAME: "axk2 deepseek_v32 glm_moe_dsa hy_v4 minimax_m3_vl_text",
+    POSITION_BIAS: "inkling2_text inkling_text",
+}
+
+
+class Listener(SameInAllHeads):
+    """`SameInAllHeads` that keeps the queries it is shown."""
+
+    needs_queries = True
+    query_window = LENGTH
+
+    def __init__(self):
+        self.shown = {}
+
+    def score(self, states):
+        self.shown[states.layer_idx] = states
+        return super().score(states)
+
+
+def recorded_queries(model, ids):
+    """What each attention module gives to the attention function, by a recorder of this test's own."""
+    seen = {}
+    config = model.config.get_text_config(decoder=True)
+    implementation = config._attn_implementation
+
+    def record(module, query, *args, **kwargs):
+        seen.setdefault(module, []).append(query)
+        file = vars(__import__("sys").modules[type(module).__module__])
+        if implementation == "eager":
+            return file["eager_attention_forward"](module, query, *args, **kwargs)
+        return file.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)[implementation](
+            module, query, *args, **kwargs
+        )
+
+    name = f"recording_{implementation}"
+    AttentionInterface.register(name, record)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    model.set_attn_implementation(name)
+    model(ids, past_key_values=DynamicCache(config=model.config))
+    model.set_attn_implementation(implementation)
+    return seen
+
+
+@torch.no_grad()
+def linked_outcome(model_type, attention=None):
+    """`"queries"` if they arrived, or why this architecture refuses; an `AssertionError` if it went wrong."""
+    try:
+        model = built(model_type) if attention is None else tiny_model(model_type, attention=attention)
+    except Exception:
+        return NOT_BUILT
+    ids = torch.randint(5, 90, (1, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    prompt, last = ids[:, :-1], ids[:, -1:]
+    full = DynamicCache(config=model.config)
+    told = {"position_ids": torch.tensor([[LENGTH]])} if model_type == "opt" else {}
+    try:
+        expected = model(prompt, past_key_values=full).logits
+        model(last, past_key_values=full, attention_mask=torch.ones(1, LENGTH + 1, dtype=torch.long), **told)
+    except Exception:
+        return NOT_RUN
+    options = {"compression_ratio": 0.5, "merger": "drop", "recent_tokens": WINDOW}
+    scorer = Listener()
+    with warnings.catch_warnings(record=True):
+        try:
+            cache = MergingDynamicCache(model=model, scorer=scorer, **options)
+        except ValueError as error:
+            if "position bias" in str(error):
+                return POSITION_BIAS
+            assert "does not go through transformers' attention interface" in str(error), error
+            return OUTSIDE
+    try:
+        logits = model(prompt, past_key_values=cache).logits
+    except ValueError as error:
+        assert "its queries cannot be compared with what is cached" in str(error), error
+        return OTHER_KEYS
+    assert torch.equal(logits, expected), "the linked prefill differs"
+    if not any(layer.num_stored for layer in cache.folding_layers):
+        return NO_FULL_ATTENTION
+    try:
+        model(last, past_key_values=cache)
+    except ValueError as error:
+        if "must see the attention of" in str(error):
+            assert type(model).__name__ in str(error)
+            return OUTSIDE
+        assert "position_ids" in str(error), error
+    cache.release(model)
+    assert not model.config.get_text_config(decoder=True)._attn_implementation.startswith("merging_")
+    seen = recorded_queries(model, prompt)
+    folded = [layer for layer in cache.folding_layers if layer.num_slots]
+    assert folded
+    for layer in folded:
+        states = scorer.shown[layer.layer_idx]
+        # some models run the same module for several layers of the cache
+        true = [query for query in seen[states.module] if query.shape == states.queries.shape]
+        if model_type == "jetmoe":  # its heads are not grouped by the KV head they read
+            heads = states.keys.shape[1]
+            true = [query.unflatten(1, (-1, heads)).transpose(1, 2).flatten(1, 2) for query in true]
+        assert any(torch.allclose(states.queries, query, rtol=1e-4, atol=1e-5) for query in true)
+    return "queries"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_queries_arrive_or_are_refused():
+    outcomes, wrong = {}, {}
+    for model_type in causal_lm_types():
+        try:
+            outcomes[model_type] = linked_outcome(model_type)
+        except Exception as error:
+            wrong[model_type] = f"{type(error).__name__}: {error}"
+    arrived = sorted(name for name, how in outcomes.items() if how == "queries")
+    refused = {name for name, how in outcomes.items() if how in (OUTSIDE, OTHER_KEYS, POSITION_BIAS)}
+    print(f"{len(arrived)} hand over their queries: {' '.join(arrived)}")
+    for reason, names in NO_QUERIES.items():
+        print(f"{reason}: {names}")
+    assert not wrong
+    assert refused <= {name for names in NO_QUERIES.values() for name in names.split()}
+    assert len(arrived) >= 98
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", ["gpt_oss", "gemma2"])
+def test_eager_attention_with_sinks_and_with_caps(model_type):
+    assert linked_outcome(model_type, attention="eager") == "queries"

@@ -117,17 +117,6 @@ def test_bad_types(options, message):
         MergingConfig(**options)
 
 
-def test_scorers_that_need_queries_are_refused():
-    class Needy(Scorer):
-        needs_queries = True
-
-        def score(self, states):
-            return states.queries
-
-    with pytest.raises(ValueError, match="scorer Needy needs queries"):
-        MergingConfig(scorer=Needy())
-
-
 def test_cache_takes_config_dict_file_and_options(tmp_path):
     config = MergingConfig(scorer="knorm", max_tokens=9)
     path = tmp_path / "merging.json"

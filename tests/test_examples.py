@@ -112,8 +112,10 @@ def test_the_readme_code_runs(needle, monkeypatch, tmp_path):
 def test_the_readme_names_every_option():
     import dataclasses
 
-    from merging_cache import MERGERS, SCORERS, MergingConfig
+    from merging_cache import BUDGETS, MERGERS, SCORERS, MergingConfig
 
     readme = (ROOT / "README.md").read_text()
-    for name in [field.name for field in dataclasses.fields(MergingConfig)] + [f'"{n}"' for n in (*SCORERS, *MERGERS)]:
+    for name in [field.name for field in dataclasses.fields(MergingConfig)] + [
+        f'"{n}"' for n in (*SCORERS, *BUDGETS, *MERGERS)
+    ]:
         assert name in readme, name

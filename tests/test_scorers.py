@@ -1,5 +1,6 @@
 """Every scorer against its formula written out with loops."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 import reference
 from merging_cache import SCORERS, LayerStates
-from merging_cache.scorers import CURScorer, LagKVScorer, RandomScorer, StreamingLLMScorer
+from merging_cache.scorers import CURScorer, LagKVScorer, RandomScorer, SnapKVScorer, StreamingLLMScorer, TOVAScorer
+from merging_cache.scorers.attention import attention_tiles
 
 pytestmark = pytest.mark.core
 
@@ -22,9 +24,10 @@ FORMULAS = {
 
 
 def random_states(length, batch=2, heads=3, dim=6, dtype=torch.float32):
-    return LayerStates(
-        torch.randn(batch, heads, length, dim).to(dtype), torch.randn(batch, heads, length, dim).to(dtype), layer_idx=0
-    )
+    """Keys and values, and the queries of two heads for each KV head."""
+    keys, values = torch.randn(batch, heads, length, dim).to(dtype), torch.randn(batch, heads, length, dim).to(dtype)
+    queries = torch.randn(batch, 2 * heads, length, dim).to(dtype)
+    return LayerStates(keys, values, queries=queries, query_positions=torch.arange(length), layer_idx=0)
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -41,7 +44,7 @@ def test_equals_formula(name, length):
 def test_half_precision_is_scored_in_fp32(name, dtype):
     states = random_states(40, dtype=dtype)
     scorer = SCORERS[name](**({"seed": 3} if name == "random" else {}))
-    wide = LayerStates(states.keys.float(), states.values.float(), layer_idx=0)
+    wide = replace(states, keys=states.keys.float(), values=states.values.float(), queries=states.queries.float())
     score = scorer.score(states)
     assert score.dtype == torch.float32
     assert torch.equal(score, scorer.score(wide))
@@ -51,8 +54,33 @@ def test_half_precision_is_scored_in_fp32(name, dtype):
 def test_rows_do_not_see_each_other(name):
     states = random_states(300)
     scorer = SCORERS[name](**({"seed": 3} if name == "random" else {}))
-    first = LayerStates(states.keys[:1], states.values[:1], layer_idx=0)
+    first = states.select(torch.tensor([0]), torch.arange(300))
     torch.testing.assert_close(scorer.score(states)[:1], scorer.score(first), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "kernel"), [(30, 6, 5), (30, 1, 1), (9, 8, 3), (8, 8, 3), (5, 64, 5), (1, 4, 5)]
+)
+def test_snapkv_equals_formula(length, window, kernel):
+    states = random_states(length)
+    expected = reference.snapkv(states, window, kernel)
+    torch.testing.assert_close(SnapKVScorer(window, kernel).score(states), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 2, 30])
+def test_tova_equals_formula(length):
+    states = random_states(length)
+    torch.testing.assert_close(TOVAScorer().score(states), reference.tova(states), rtol=1e-4, atol=1e-6)
+
+
+def test_attention_tiles_do_not_depend_on_their_size(monkeypatch):
+    states = random_states(40)
+    whole = torch.cat([weights for _, weights in attention_tiles(states)], dim=3)
+    monkeypatch.setattr("merging_cache.scorers.attention.TILE", 1)
+    tiles = [weights for _, weights in attention_tiles(states)]
+    assert len(tiles) == 40
+    torch.testing.assert_close(torch.cat(tiles, dim=3), whole)
+    assert torch.equal(whole.sum(-1).round(decimals=4), torch.ones(2, 3, 2, 40))
 
 
 def test_random_is_reproducible_and_differs_between_layers():
@@ -100,6 +128,8 @@ def test_cur_random_projection_is_seeded():
         (LagKVScorer, {"lag_size": 0}, "lag_size 0"),
         (CURScorer, {"leverage": "both"}, "leverage is 'both'; choose one of"),
         (CURScorer, {"local_window_size": 0}, "local_window_size 0"),
+        (SnapKVScorer, {"window_size": 0}, "window_size is 0"),
+        (SnapKVScorer, {"kernel_size": 4}, "kernel_size is 4; it must be odd"),
     ],
 )
 def test_bad_options(scorer, options, message):

@@ -1,8 +1,25 @@
 """Budgets: how the slots are shared, and so which tokens survive. `BUDGETS` is the table of their names."""
 
+from .adakv import AdaKVBudget
 from .base import Budget
+from .layers import PerLayerBudget, PyramidBudget
+from .threshold import ThresholdBudget
 from .uniform import UniformBudget
 
-BUDGETS: dict[str, type[Budget]] = {"uniform": UniformBudget}
+BUDGETS: dict[str, type[Budget]] = {
+    "adakv": AdaKVBudget,
+    "per_layer": PerLayerBudget,
+    "pyramid": PyramidBudget,
+    "threshold": ThresholdBudget,
+    "uniform": UniformBudget,
+}
 
-__all__ = ["BUDGETS", "Budget", "UniformBudget"]
+__all__ = [
+    "BUDGETS",
+    "AdaKVBudget",
+    "Budget",
+    "PerLayerBudget",
+    "PyramidBudget",
+    "ThresholdBudget",
+    "UniformBudget",
+]

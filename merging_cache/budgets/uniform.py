@@ -13,4 +13,7 @@ class UniformBudget(Budget):
     """Every head keeps its `num_slots` highest scores."""
 
     def allocate(self, scores: Tensor, states: LayerStates, num_slots: int) -> Survivors:
-        return Survivors(top_tokens(scores, num_slots))
+        indices = top_tokens(scores, min(num_slots, states.num_tokens))
+        if states.valid is None:
+            return Survivors(indices)
+        return Survivors.of_mask(Survivors(indices).mask(states.num_tokens) & states.valid)

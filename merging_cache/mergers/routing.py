@@ -110,8 +110,6 @@ def nearest_survivors(states: LayerStates, survivors: Survivors) -> Routing:
     forbidden = torch.zeros_like(survivors.indices, dtype=torch.bool)
     if survivors.protected is not None:
         forbidden |= survivors.protected
-    if survivors.valid is not None:
-        forbidden |= ~survivors.valid
     bias = torch.zeros(forbidden.shape, device=forbidden.device).masked_fill(forbidden, -torch.inf).flatten(0, 1)
 
     keys, indices, lost = states.keys.flatten(0, 1), survivors.indices.flatten(0, 1), evicted.flatten(0, 1)

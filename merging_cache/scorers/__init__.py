@@ -6,7 +6,9 @@ from .keydiff import KeyDiffScorer
 from .knorm import KnormScorer
 from .lagkv import LagKVScorer
 from .random import RandomScorer
+from .snapkv import SnapKVScorer
 from .streaming_llm import StreamingLLMScorer
+from .tova import TOVAScorer
 from .value_norm import ValueNormScorer
 
 SCORERS: dict[str, type[Scorer]] = {
@@ -15,7 +17,9 @@ SCORERS: dict[str, type[Scorer]] = {
     "knorm": KnormScorer,
     "lagkv": LagKVScorer,
     "random": RandomScorer,
+    "snapkv": SnapKVScorer,
     "streaming_llm": StreamingLLMScorer,
+    "tova": TOVAScorer,
     "value_norm": ValueNormScorer,
 }
 
@@ -28,6 +32,8 @@ __all__ = [
     "LagKVScorer",
     "RandomScorer",
     "Scorer",
+    "SnapKVScorer",
     "StreamingLLMScorer",
+    "TOVAScorer",
     "ValueNormScorer",
 ]

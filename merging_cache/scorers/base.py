@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..states import LayerStates
+from ..stage import Stage
+from ..states import LayerStates, Statistics
 
 
-class Scorer(ABC):
+class Scorer(Stage, ABC):
     """Gives every token of every KV head an importance; tokens with higher scores keep their slots.
 
     Subclass it as a dataclass whose fields are its options and define `score`. Rows arrive without padding; keys and
@@ -29,12 +30,22 @@ class Scorer(ABC):
         torch.Size([1, 2, 5])
     """
 
-    needs_queries: bool = False
-    """True if `score` reads `states.queries`."""
+    default_budget: str = "uniform"
+    """The budget that goes with this scorer where a config names none."""
 
     @abstractmethod
     def score(self, states: LayerStates) -> Tensor:
         """The importance of every token, `[B, H, L]`, higher is kept; ties go to the later token."""
+
+    def observe(self, states: LayerStates, new: int) -> Statistics | None:
+        """Remember something about a pass of the prompt, so that nothing of its length need be kept until the fold.
+
+        Called after the attention of each pass over several tokens with all stored tokens, the last `new` of which came
+        with it. `states.queries` then holds the query window of earlier passes followed by all queries of this one,
+        `states.hidden_states` those of the new tokens, `states.statistics` what the last call returned (with zeros for
+        new tokens). What is returned comes back in `states.statistics`, here and in `score`.
+        """
+        return None
 
 
 @dataclass

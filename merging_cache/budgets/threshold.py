@@ -1,0 +1,45 @@
+"""As many slots as there are important tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..states import LayerStates, Survivors
+from .base import Budget, top_tokens
+
+
+@dataclass
+class ThresholdBudget(Budget):
+    """Tokens that score below a threshold lose their slot, however many they are (DMS, arXiv:2506.05345).
+
+    There is no top-k: how much is kept follows from the scores, and `compression_ratio` and `max_tokens` say nothing
+    (but a ratio of 0 still folds nothing). The last `window` tokens always stay, and so do sinks, recent tokens and the
+    best token of every head. Meant for scorers with an absolute scale, such as `kvzap` and `fast_kvzip`.
+
+    Args:
+        threshold: what scores less than this is evicted.
+        window: the last tokens that are not.
+
+    Raises:
+        ValueError: if `window` is negative.
+    """
+
+    ragged = True
+
+    threshold: float = 0.0
+    window: int = 128
+
+    def __post_init__(self) -> None:
+        if self.window < 0:
+            raise ValueError(f"window is {self.window}; it must not be negative")
+
+    def folds(self, num_tokens: int, seen: int, num_slots: int, layer_slots: int) -> bool:
+        return num_tokens > max(1, self.window)
+
+    def allocate(self, scores: Tensor, states: LayerStates, num_slots: int) -> Survivors:
+        length = states.num_tokens
+        recent = torch.arange(length, device=scores.device) >= length - self.window
+        best = Survivors(top_tokens(scores, 1)).mask(length)
+        kept = (scores >= self.threshold) | recent | best
+        return Survivors.of_mask(kept if states.valid is None else kept & states.valid)

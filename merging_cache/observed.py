@@ -1,0 +1,101 @@
+"""What a layer remembers of the attention it took part in, for the stages that look at more than keys and values."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fold import Fold
+from .states import LayerStates, Statistics
+
+
+class Owner:
+    """The attention module of a layer. Copies of a cache share it, and it does not travel with a pickled one."""
+
+    def __init__(self, module: torch.nn.Module | None) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Owner, (None,)
+
+
+@dataclass
+class Observed:
+    """Queries and statistics of the prompt so far; tokens that were generated leave none.
+
+    Args:
+        owner, scaling: the attention module and its factor on the logits.
+        queries: `[B, Hq, n, D]`, those of the last pass that is not `digested`, after the query window before it.
+        positions: `[n]`, their positions in the (padded) sequence.
+        new: how many of the queries came with the last pass.
+        hidden_states: `[B, new, hidden]`, the input of the last pass's attention, until it is digested.
+        statistics: what the scorer remembers.
+    """
+
+    owner: Owner = field(default_factory=lambda: Owner(None))
+    scaling: float | None = None
+    queries: Tensor | None = None
+    positions: Tensor | None = None
+    new: int = 0
+    hidden_states: Tensor | None = None
+    statistics: Statistics | None = None
+
+    def receive(self, queries: Tensor, first: int, hidden_states: Tensor | None) -> None:
+        """Take the queries `[B, Hq, q, D]` of a pass whose first token is at position `first`."""
+        self.new = queries.shape[2]
+        positions = torch.arange(first, first + self.new, device=queries.device)
+        if self.queries is not None:
+            queries = torch.cat([self.queries, queries], dim=2)
+            positions = torch.cat([self.positions, positions])
+        self.queries, self.positions, self.hidden_states = queries, positions, hidden_states
+
+    def digest(self, fold: Fold, states: LayerStates) -> None:
+        """Let the scorer observe the last pass, then keep no more queries than the window."""
+        if self.new:
+            self.statistics = fold.observe(states, self.new)
+        self.new, self.hidden_states = 0, None
+        if self.queries is not None and self.queries.shape[2] > fold.query_window:
+            last = slice(self.queries.shape[2] - fold.query_window, None)
+            self.queries = self.queries[:, :, last].clone()
+            self.positions = self.positions[last].clone()
+
+    def truncate(self, seen: int, stored: int) -> None:
+        """Forget tokens at positions from `seen` on, of which `stored` are left."""
+        if self.queries is not None:
+            keep = int((self.positions < seen).sum())
+            gone = self.queries.shape[2] - keep
+            self.queries, self.positions = self.queries[:, :, :keep], self.positions[:keep]
+            self.new = max(0, self.new - gone)
+            if self.hidden_states is not None:
+                self.hidden_states = self.hidden_states[:, : self.new]
+        if self.statistics is not None:
+            self.statistics = self.statistics.resized(stored)
+
+    def select_rows(self, indices: Tensor) -> None:
+        """Make row `indices[i]` of the batch row i."""
+        if self.queries is not None:
+            self.queries = self.queries.index_select(0, indices.to(self.queries.device))
+        if self.hidden_states is not None:
+            self.hidden_states = self.hidden_states.index_select(0, indices.to(self.hidden_states.device))
+        if self.statistics is not None:
+            self.statistics = self.statistics.select(indices.to(self._device))
+
+    @property
+    def _device(self) -> torch.device:
+        held = self.statistics.tokens if self.statistics.tokens is not None else self.statistics.queries[0]
+        return held.device
+
+    def refer_to_slots(self, statistics: Tensor | None) -> None:
+        """After a fold: what the scorer keeps per token is now `[B, H, K, ...]`, that of the slots."""
+        if self.statistics is not None:
+            self.statistics = replace(self.statistics, tokens=statistics)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        held = (self.queries, self.positions, self.hidden_states, self.statistics)
+        return sum(part.nbytes for part in held if part is not None)

@@ -1,0 +1,361 @@
+"""The attention link: pass-through, queries that arrive, masks that fit ragged layers, and what happens without it."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from architectures import tiny_model
+from merging_cache import MergingDynamicCache, MergingQuantizedCache, Scorer, merging_attention
+from models import WINDOW, greedy, left_padded, llama, prompt
+
+pytestmark = pytest.mark.core
+RAGGED = {
+    "adakv": "adakv",
+    "pyramid": "pyramid",
+    "per_layer": {"name": "per_layer", "weights": [1, 3]},
+    "threshold": {"name": "threshold", "threshold": -0.3, "window": 8},
+}
+
+
+class Listener(Scorer):
+    """Keeps what it is shown."""
+
+    needs_queries = True
+    query_window = 7
+
+    def __init__(self):
+        self.shown = []
+
+    def score(self, states):
+        self.shown.append(states)
+        return states.keys.norm(dim=-1)
+
+
+def linked(model, quantized=False, **options):
+    if quantized:
+        return MergingQuantizedCache("fp8", model=model, **{"residual_length": 16} | WINDOW | options)
+    return MergingDynamicCache(model=model, **WINDOW | options)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("inputs", [prompt(40), left_padded([40, 17, 3])], ids=["plain", "padded"])
+def test_other_caches_pass_through_bit_for_bit(attention, inputs):
+    model = llama(attention)
+    expected = greedy(model, inputs, past_key_values=DynamicCache(config=model.config))
+    with merging_attention(model):
+        assert model.config._attn_implementation == f"merging_{attention}"
+        linked_output = greedy(model, inputs, past_key_values=DynamicCache(config=model.config))
+    assert model.config._attn_implementation == attention
+    assert torch.equal(expected.sequences, linked_output.sequences)
+    for mine, theirs in zip(linked_output.logits, expected.logits, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_linked_cache_without_need_is_the_unlinked_one(attention):
+    model, inputs = llama(attention), left_padded([40, 17, 3])
+    mask = inputs["attention_mask"]
+    unlinked = MergingDynamicCache(config=model.config, attention_mask=mask, **WINDOW)
+    expected = greedy(model, inputs, past_key_values=unlinked)
+    cache = linked(model)  # it learns the padding by itself
+    output = greedy(model, inputs, past_key_values=cache)
+    assert torch.equal(output.sequences, expected.sequences)
+    for mine, theirs in zip(cache.layers, unlinked.layers, strict=True):
+        assert torch.equal(mine.positions, theirs.positions)
+        assert torch.equal(mine.values, theirs.values)
+
+
+def test_release_counts_the_caches_and_the_blocks():
+    model = llama()
+    one, two = linked(model), linked(model)
+    one.release(model)
+    assert model.config._attn_implementation == "merging_sdpa"
+    two.release(model)
+    assert model.config._attn_implementation == "sdpa"
+    with merging_attention(model):
+        cache = linked(model)
+        cache.release(model)
+        assert model.config._attn_implementation == "merging_sdpa"
+    assert model.config._attn_implementation == "sdpa"
+    with merging_attention(model), pytest.raises(RuntimeError):
+        raise RuntimeError
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("fold_at", ["prefill", "decode"])
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_the_last_queries_arrive_however_the_prompt_comes(fold_at, chunk):
+    model, ids = llama(), prompt(40)
+    seen = true_queries(model, ids)
+    scorer = Listener()
+    cache = linked(model, scorer=scorer, fold_at=fold_at)
+    greedy(model, ids, new_tokens=2, past_key_values=cache, prefill_chunk_size=chunk)
+    last = {states.layer_idx: states for states in scorer.shown}
+    for index, states in last.items():
+        assert states.query_positions.tolist() == [list(range(33, 40))]
+        if fold_at == "decode" or (chunk is None or index == 0):  # later layers see what the fold left of earlier ones
+            torch.testing.assert_close(states.queries, seen[index][:, :, -7:], rtol=1e-4, atol=1e-4)
+        assert states.module is model.model.layers[index].self_attn
+        assert states.scaling == model.model.layers[index].self_attn.scaling
+    assert all(layer._observed.queries.shape[2] == 7 for layer in cache.layers)  # never all of them
+
+
+@torch.no_grad()
+def true_queries(model, ids):
+    """What every attention module hands to the attention function."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    seen = {}
+
+    def record(module, query, *args, **kwargs):
+        seen[module.layer_idx] = query
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    AttentionInterface.register("recording", record)
+    AttentionMaskInterface.register("recording", sdpa_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("recording")
+    model(ids, past_key_values=DynamicCache(config=model.config))
+    model.set_attn_implementation(before)
+    return seen
+
+
+def test_padding_has_no_queries():
+    model, scorer = llama(), Listener()
+    greedy(model, left_padded([40, 4]), new_tokens=2, past_key_values=linked(model, scorer=scorer, max_tokens=20))
+    shown = [states for states in scorer.shown if states.layer_idx == 0]
+    # the short row keeps everything and is not scored
+    assert [states.query_positions.tolist() for states in shown] == [[list(range(33, 40))]]
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dynamic", "fp8"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("budget", RAGGED)
+def test_ragged_attention_is_that_of_each_head_alone(budget, attention, quantized):
+    """One and several query tokens, equal to a loop over heads that attend to their own survivors."""
+    model = llama(attention)
+    cache = linked(model, quantized, budget=RAGGED[budget], scorer="snapkv", merger="similarity")
+    if budget == "threshold":
+        cache = linked(model, quantized, budget=RAGGED[budget], merger="similarity")
+    ids = prompt(60, batch=2)
+    model(ids, past_key_values=cache)
+    counts = [layer.slots_per_head for layer in cache.layers]
+    assert len({int(n) for count in counts for n in count.flatten()}) > 1
+    for length in (1, 5):
+        expected = heads_alone(model, prompt(length, batch=2, seed=length), copy.deepcopy(cache))
+        logits = model(prompt(length, batch=2, seed=length), past_key_values=(copy.deepcopy(cache))).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+def heads_alone(model, ids, cache):
+    """The logits of new tokens, by hand: every head attends to what it stores and to the new tokens before."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    inner, length = model.model, ids.shape[1]
+    hidden = inner.embed_tokens(ids)
+    positions = torch.arange(cache.get_seq_length(), cache.get_seq_length() + length)[None]
+    cos, sin = inner.rotary_emb(hidden, positions)
+    for block, layer in zip(inner.layers, cache.layers, strict=True):
+        attention, normed = block.self_attn, block.input_layernorm(hidden)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = (p(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for p in projections)
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+        out = torch.zeros_like(q)
+        groups = q.shape[1] // k.shape[1]
+        for row in range(q.shape[0]):
+            for head in range(q.shape[1]):
+                kv = head // groups
+                mine = layer.positions[row, kv] >= 0
+                keys = torch.cat([layer.keys[row, kv, mine], k[row, kv]])
+                values = torch.cat([layer.values[row, kv, mine], v[row, kv]])
+                for t in range(length):
+                    visible = len(keys) - length + t + 1
+                    weights = (keys[:visible] @ q[row, head, t] * attention.scaling).softmax(0)
+                    out[row, head, t] = weights @ values[:visible]
+        hidden = hidden + attention.o_proj(out.transpose(1, 2).flatten(2))
+        hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
+    return model.lm_head(inner.norm(hidden))
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dynamic", "fp8"])
+@pytest.mark.parametrize("budget", RAGGED)
+@pytest.mark.parametrize("merger", ["drop", "similarity"])
+def test_ragged_rows_equal_the_row_alone(budget, merger, quantized):
+    model = llama()
+    scorer = "keydiff" if budget == "threshold" else "snapkv"
+    options = {"budget": RAGGED[budget], "merger": merger, "scorer": scorer, "max_tokens": 20}
+    lengths = [50, 31, 12]
+    inputs = left_padded(lengths)
+    together = greedy(model, inputs, past_key_values=linked(model, quantized, **options))
+    for row, length in enumerate(lengths):
+        if quantized and length <= 20:
+            continue  # alone it is not folded, so it is not quantized either
+        alone = greedy(
+            model, inputs["input_ids"][row : row + 1, -length:], past_key_values=linked(model, quantized, **options)
+        )
+        for mine, theirs in zip(together.logits, alone.logits, strict=True):
+            torch.testing.assert_close(mine[row], theirs[0], rtol=1e-4, atol=1e-3 if quantized else 1e-4)
+
+
+@pytest.mark.parametrize("budget", RAGGED)
+def test_ragged_bytes_follow_the_slots(budget):
+    """At most 1.05 times what the kept slots take, positions included, by the storage that is allocated."""
+    model = llama()
+    scorer = "keydiff" if budget == "threshold" else "snapkv"
+    cache = linked(model, budget=RAGGED[budget], scorer=scorer, compression_ratio=0.6)
+    model(prompt(400), past_key_values=cache)
+    slots = sum(int(layer.slots_per_head.sum()) for layer in cache.layers)
+    per_slot = 2 * 16 * 4 + 4
+    storages = {}
+    for layer in cache.layers:
+        for tensor in tensors_of(layer):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    held = sum(storages.values())
+    observed = sum(layer._observed.nbytes for layer in cache.layers)
+    assert held - observed <= 1.05 * slots * per_slot
+    assert cache.report().total.bytes_now == pytest.approx(held, rel=0.01)
+
+
+def tensors_of(thing, seen=None):
+    """All tensors that an object holds, however deep, the model's own left out."""
+    seen = set() if seen is None else seen
+    if id(thing) in seen or isinstance(thing, (torch.nn.Module, str, bytes, type)):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            yield from tensors_of(value, seen)
+    elif isinstance(thing, (list, tuple)):
+        for value in thing:
+            yield from tensors_of(value, seen)
+    elif hasattr(thing, "__dict__") and not callable(thing):
+        yield from tensors_of(vars(thing), seen)
+
+
+@pytest.mark.parametrize("budget", RAGGED)
+def test_beams_and_reordered_rows_of_ragged_caches(budget):
+    model = llama()
+    scorer = "keydiff" if budget == "threshold" else "snapkv"
+    options = {"budget": RAGGED[budget], "scorer": scorer}
+    ids = prompt(50, batch=2)
+    cache = linked(model, **options)
+    model(ids, past_key_values=cache)
+    before = [(layer.positions, layer.keys, layer.values) for layer in cache.layers]
+    order = torch.tensor([1, 1, 0])
+    cache.batch_select_indices(order)
+    for layer, (positions, keys, values) in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.positions, positions[order])
+        assert torch.equal(layer.keys, keys[order])
+        assert torch.equal(layer.values, values[order])
+    beams = greedy(
+        model, ids, past_key_values=linked(model, **options), num_beams=3, output_logits=False, output_scores=True
+    )
+    # the score of the best beam is that of its tokens fed one by one
+    for row in range(2):
+        cache = linked(model, **options)
+        logits = model(ids[row : row + 1], past_key_values=cache).logits[:, -1]
+        total = 0.0
+        for token in beams.sequences[row, 50:]:
+            total += logits.log_softmax(-1)[0, token].item()
+            logits = model(token.view(1, 1), past_key_values=cache).logits[:, -1]
+        assert beams.sequences_scores[row].item() == pytest.approx(total / 8, abs=1e-4)
+
+
+@pytest.mark.parametrize("budget", ["uniform", *RAGGED])
+def test_drafts_leave_no_trace(budget):
+    """Prompt lookup ends with the cache of the accepted tokens fed by hand, folded at the same point."""
+    model = llama()
+    scorer = "keydiff" if budget == "threshold" else "snapkv"
+    options = {"budget": RAGGED.get(budget, budget), "scorer": scorer, "fold_at": "decode"}
+    ids = prompt(20).repeat(1, 3)
+    cache = linked(model, **options)
+    output = greedy(model, ids, past_key_values=cache, prompt_lookup_num_tokens=3, output_logits=False)
+    by_hand = linked(model, **options)
+    if hasattr(cache.layers[0], "record_past") and not cache.layers[0].record_past:
+        pytest.skip("this transformers does not announce drafts")
+    model(ids, past_key_values=by_hand)
+    for token in output.sequences[0, 60 : cache.get_seq_length()]:
+        model(token.view(1, 1), past_key_values=by_hand)
+    for mine, theirs in zip(cache.layers, by_hand.layers, strict=True):
+        assert torch.equal(mine.positions, theirs.positions)
+        torch.testing.assert_close(mine.values, theirs.values, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"scorer": "snapkv"}, {"budget": "adakv"}], ids=["scorer", "budget"])
+def test_without_the_model_the_first_single_token_says_so(options):
+    model = llama()
+    cache = MergingDynamicCache(config=model.config, **options)
+    logits = model(prompt(40), past_key_values=cache).logits
+    assert torch.equal(logits, model(prompt(40)).logits)
+    name = "SnapKVScorer" if "scorer" in options else "AdaKVBudget"
+    with pytest.raises(ValueError, match=rf"{name} must see the attention of Llama\w*, .* Give the cache the model"):
+        model(prompt(1), past_key_values=cache)
+
+
+def test_a_model_outside_the_interface_is_refused():
+    model = tiny_model("xglm", attention="eager")
+    with pytest.raises(ValueError, match="the attention of XGLMForCausalLM does not go through"):
+        MergingDynamicCache(model=model, scorer="snapkv")
+    with (
+        pytest.raises(ValueError, match="the attention of XGLMForCausalLM does not go through"),
+        merging_attention(model),
+    ):
+        pass
+    cache = MergingDynamicCache(model=model, scorer="keydiff", **WINDOW)  # keys and values are enough for this one
+    model(prompt(40), past_key_values=cache)
+    assert cache.layers[0].num_slots == 20
+
+
+def test_bad_models():
+    with pytest.raises(TypeError, match="model is str"):
+        MergingDynamicCache(model="llama")
+    model = llama()
+    with pytest.raises(ValueError, match="config and model are both given"):
+        MergingDynamicCache(config=llama().config, model=model)
+
+
+def test_copies_and_pickles_leave_the_model_behind():
+    model = llama()
+    cache = linked(model, scorer="snapkv")
+    model(prompt(40), past_key_values=cache)
+    twin, thawed = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
+    assert twin.layers[0]._observed.owner.module is model.model.layers[0].self_attn
+    assert len(pickle.dumps(cache)) < 200_000
+    for other in (twin, thawed):
+        assert torch.equal(
+            model(prompt(1), past_key_values=other).logits,
+            model(prompt(1), past_key_values=copy.deepcopy(cache)).logits,
+        )
+    cache.release(model)
+    del model, cache, twin
+    gc.collect()
+
+
+def test_two_threads_with_two_caches_on_one_model():
+    import threading
+
+    model, outputs = llama(), {}
+    expected = {
+        seed: greedy(model, prompt(40, seed=seed), past_key_values=linked(model, scorer="snapkv")) for seed in (1, 2)
+    }
+
+    def work(seed):
+        for _ in range(3):
+            outputs[seed] = greedy(model, prompt(40, seed=seed), past_key_values=linked(model, scorer="snapkv"))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in (1, 2):
+        assert torch.equal(outputs[seed].sequences, expected[seed].sequences)
