@@ -6,7 +6,7 @@ from .cache import MergingDynamicCache, MergingQuantizedCache
 from .config import MergingConfig
 from .mergers import MERGERS, Merger
 from .report import CacheReport, LayerReport
-from .scorers import SCORERS, Scorer
+from .scorers import SCORERS, KVPressScorer, Scorer
 from .states import LayerStates, Slots, Survivors
 
 __version__ = "0.1.0"
@@ -17,6 +17,7 @@ __all__ = [
     "SCORERS",
     "Budget",
     "CacheReport",
+    "KVPressScorer",
     "LayerReport",
     "LayerStates",
     "Merger",

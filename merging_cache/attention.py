@@ -28,7 +28,8 @@ PREFIX = "merging_"
 
 _links: "weakref.WeakKeyDictionary[PreTrainedModel, ModelLink]" = weakref.WeakKeyDictionary()
 _links_lock = threading.Lock()
-_thread = threading.local()  # .waiting: the pass this thread's last update announced; .hidden_states: by module
+# .waiting: the pass this thread's last update announced; .hidden_states: the last module's input; .probe: see `probing`
+_thread = threading.local()
 
 
 # What a cache holds ---------------------------------------------------------------------------------------------------
@@ -42,10 +43,16 @@ class Link:
         config: the model's config, or `None`.
         needed: whether some stage cannot do without the link.
         cache_name: the cache's class, for messages.
+        needs_hidden_states: whether some stage wants the input of the attention.
     """
 
     def __init__(
-        self, model: PreTrainedModel | None, config: PreTrainedConfig | None, needed: bool, cache_name: str
+        self,
+        model: PreTrainedModel | None,
+        config: PreTrainedConfig | None,
+        needed: bool,
+        cache_name: str,
+        needs_hidden_states: bool = False,
     ) -> None:
         self.needed = needed
         self.cache_name = cache_name
@@ -59,6 +66,8 @@ class Link:
         if can_link(model):
             self._model_link = ModelLink.of(model)
             self._model_link.hold(self)
+            if needs_hidden_states:
+                self._model_link.watch_hidden_states()
         elif needed:
             raise ValueError(
                 f"the attention of {self.model_name} does not go through transformers' attention interface, so neither "
@@ -209,6 +218,8 @@ def register(implementation: str) -> str:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if (probe := getattr(_thread, "probe", None)) is not None:
+            probe.append(query)
         announced = find_pass(module, key)
         if announced is None:
             return _run(implementation, module, query, key, value, attention_mask, *args, **kwargs)
@@ -246,8 +257,8 @@ def find_pass(module: torch.nn.Module, key: Tensor) -> Pass | None:
 
 def _run(implementation: str, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """Call the attention that the module would call under this implementation."""
-    eager = _from_model_file(module, "eager_attention_forward")
-    interface = _from_model_file(module, "ALL_ATTENTION_FUNCTIONS") or ALL_ATTENTION_FUNCTIONS
+    eager = from_model_file(module, "eager_attention_forward")
+    interface = from_model_file(module, "ALL_ATTENTION_FUNCTIONS") or ALL_ATTENTION_FUNCTIONS
     if implementation == "eager":
         if eager is None:
             raise ValueError(f"the file of {type(module).__name__} has no eager attention of its own; use sdpa")
@@ -268,7 +279,7 @@ def _for_mask(implementation: str, kwargs: dict[str, Any]) -> str:
     return "eager" if capped else "sdpa"
 
 
-def _from_model_file(module: torch.nn.Module, name: str) -> Any:
+def from_model_file(module: torch.nn.Module, name: str) -> Any:
     """A function of the file that the module's class is written in, or one of its parents' files."""
     for cls in type(module).__mro__:
         found = getattr(sys.modules.get(cls.__module__), name, None)
@@ -378,6 +389,25 @@ def _keep_hidden_states(module: torch.nn.Module, args: tuple[Any, ...], kwargs: 
 def _take_hidden_states(module: torch.nn.Module) -> Tensor | None:
     kept, _thread.hidden_states = getattr(_thread, "hidden_states", None), None
     return kept[1] if kept is not None and kept[0] is module else None
+
+
+def linked_model(module: torch.nn.Module) -> PreTrainedModel | None:
+    """The linked model that this attention module belongs to."""
+    for model in list(_links):
+        if any(part is module for part in model.modules()):
+            return model
+    return None
+
+
+@contextmanager
+def probing() -> Iterator[list[Tensor]]:
+    """Collect the queries that linked attention is given in this thread."""
+    kept = getattr(_thread, "hidden_states", None)
+    _thread.probe = []
+    try:
+        yield _thread.probe
+    finally:
+        _thread.probe, _thread.hidden_states = None, kept
 
 
 @contextmanager

@@ -12,12 +12,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .attention import Link
-from .config import MergingConfig, check_number, resolve_config
+from .config import MergingConfig, resolve_config
 from .hybrid import HybridLayer, MergingHybridLayer
 from .layer import MergingLayer
 from .padding import Padding
 from .quantized import QuantizedStorage, make_backend
 from .report import CacheReport, report_layers
+from .stage import check_number
 from .storage import DenseStorage
 
 
@@ -27,7 +28,8 @@ class MergingDynamicCache(DynamicCache):
     Sliding-window, linear-attention and KV-sharing layers stay transformers' own.
 
     Args:
-        config: the model's config (`model.config`). Without it every layer is taken for full attention.
+        config: the model's config (`model.config`). Without it every layer is taken for full attention, which the cache
+            warns of.
         model: instead of the config, the model itself: for scorers and mergers that look at queries, and budgets that
             differ between heads or layers. It is linked (see `merging_attention`) until `release`, and padding is then
             known without `attention_mask`.
@@ -77,11 +79,20 @@ class MergingDynamicCache(DynamicCache):
         self.merging = resolve_config(merging, options)
         self._padding = Padding(attention_mask)
         self._recording = False
-        needed = self.merging.compression_ratio != 0 and self.merging.build().needs_attention
-        self._link = Link(model, config, needed, type(self).__name__)
+        fold = self.merging.build()
+        needed = self.merging.compression_ratio != 0 and fold.needs_attention
+        hidden_states = needed and any(stage.needs_hidden_states for stage in fold.stages.values())
+        self._link = Link(model, config, needed, type(self).__name__, hidden_states)
         if config is not None and self.merging.compression_ratio != 0:
             check_supported(config.get_text_config(decoder=True), self.merging)
         if config is None:
+            if self.merging.compression_ratio != 0:
+                warnings.warn(
+                    f"{type(self).__name__} was given neither config=model.config nor model=model, so it takes every "
+                    "layer for full attention; for a model with sliding windows or other kinds of layers the output "
+                    "would be wrong.",
+                    stacklevel=3 if type(self) is not MergingDynamicCache else 2,
+                )
             self.layer_class_to_replicate = self._next_layer
             return
         folding = [index for index, layer in enumerate(self.layers) if type(layer) in (DynamicLayer, HybridLayer)]
@@ -158,9 +169,20 @@ class MergingDynamicCache(DynamicCache):
         Raises:
             ValueError: if a layer cannot give them back because they were folded.
         """
-        for layer in self.folding_layers:
+        folding = self.folding_layers
+        others = [layer for layer in self.layers if layer not in folding]
+        for layer in folding:
             layer.check_crop(int(tokens_to_remove))
-        super().crop(int(tokens_to_remove))
+        before = [dict(vars(layer)) for layer in others]
+        try:
+            for layer in others:
+                layer.crop(int(tokens_to_remove))
+        except Exception:
+            for layer, attributes in zip(others, before, strict=True):
+                vars(layer).update(attributes)
+            raise
+        for layer in folding:
+            layer.crop(int(tokens_to_remove))
 
     @property
     def is_croppable(self) -> bool:
@@ -276,8 +298,9 @@ def check_supported(config: PreTrainedConfig, merging: MergingConfig) -> None:
     """Refuse models whose attention would go wrong on folded slots, from what their config tells.
 
     Raises:
-        ValueError: for a bias by the distance of a key's place in the cache, which is no longer the distance of its
-            token; and for merging the values of multi-head latent attention (MLA), which carry rotary positions.
+        ValueError: for a bias or a window by the distance of a key's place in the cache, which is no longer the
+            distance of its token; and for merging the values of multi-head latent attention (MLA), which carry rotary
+            positions.
     """
     relative = ("relative_attention_num_buckets", "rel_extent")  # T5 and its kin, Inkling
     attention = getattr(config, "attn_config", None)  # MPT
@@ -287,6 +310,11 @@ def check_supported(config: PreTrainedConfig, merging: MergingConfig) -> None:
             f"{config.model_type} adds a position bias to its attention logits, computed from a key's place in the "
             "cache; on folded slots that would be another token's position. Use compression_ratio=0, or a model with "
             "rotary or absolute positions"
+        )
+    if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo
+        raise ValueError(
+            f"{config.model_type} masks its local layers by a key's place in the cache, which after a fold is not the "
+            "place of its token. Use compression_ratio=0, or another model"
         )
     if getattr(config, "kv_lora_rank", None) is not None and merging.build().merger.merges_values:
         raise ValueError(
@@ -318,7 +346,7 @@ class NoNewTokens(int):
 
     def __neg__(self) -> int:
         raise ValueError(
-            f"The prompt has {self.length} tokens, but this cache has already seen {self.seen}. Pass the whole "
-            "conversation, which must be longer, or only its new tokens with an attention_mask over all of it, or call "
-            "cache.reset() to start another one."
+            f"The prompt has {self.length} tokens, but this cache has already seen {self.seen}. Pass the "
+            "whole conversation, which must be longer, or only its new tokens (ids or embeddings) with an attention "
+            "mask over all of it, or call cache.reset() to start another one."
         )

@@ -1,12 +1,13 @@
 """MergingConfig: every option of a merging cache, validated in one place."""
 
+import copy
 import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -14,10 +15,8 @@ from .budgets import BUDGETS, Budget
 from .fold import Fold
 from .mergers import MERGERS, Merger
 from .scorers import SCORERS, FunctionScorer, Scorer
+from .stage import Spec, build_stage, check_choice, check_number, describe_stage
 from .states import LayerStates
-
-Stage = TypeVar("Stage", Scorer, Budget, Merger)
-Spec = str | Mapping[str, Any]
 
 DEFAULT_COMPRESSION_RATIO = 0.5
 FOLD_AT = ("prefill", "decode")
@@ -72,19 +71,22 @@ class MergingConfig:
             )
         if self.compression_ratio is None and self.max_tokens is None:
             object.__setattr__(self, "compression_ratio", DEFAULT_COMPRESSION_RATIO)
+        for field in ("scorer", "budget", "merger"):
+            if isinstance(spec := getattr(self, field), Mapping):
+                object.__setattr__(self, field, copy.deepcopy(dict(spec)))  # the caller's own may change
         if self.compression_ratio is not None:
             check_number("compression_ratio", self.compression_ratio, float)
+            object.__setattr__(self, "compression_ratio", float(self.compression_ratio))
             if not 0 <= self.compression_ratio < 1:
                 raise ValueError(
                     f"compression_ratio is {self.compression_ratio}; it is the fraction of tokens that loses its slot "
                     "and must be at least 0 and less than 1"
                 )
-        if self.max_tokens is not None:
-            check_number("max_tokens", self.max_tokens, int, minimum=1)
-        check_number("sink_tokens", self.sink_tokens, int, minimum=0)
-        check_number("recent_tokens", self.recent_tokens, int, minimum=0)
-        if self.fold_at not in FOLD_AT:
-            raise ValueError(f"fold_at is {self.fold_at!r}; choose one of {list(FOLD_AT)}")
+        for field, minimum in (("max_tokens", 1), ("sink_tokens", 0), ("recent_tokens", 0)):
+            if (count := getattr(self, field)) is not None or field != "max_tokens":
+                check_number(field, count, int, minimum)
+                object.__setattr__(self, field, int(count))
+        check_choice("fold_at", self.fold_at, FOLD_AT)
         if self.budget is None:
             scorer = build_stage("scorer", self._scorer, SCORERS, Scorer)
             object.__setattr__(self, "budget", scorer.default_budget)
@@ -155,8 +157,8 @@ class MergingConfig:
         for field in ("scorer", "budget", "merger"):
             if not isinstance(options[field], (str, dict)):
                 raise ValueError(
-                    f"{field} is {options[field]!r}, which JSON cannot hold; add its class to the table of {field}s "
-                    f"(merging_cache.{field}s.{field.upper()}S) under a name first"
+                    f"{field} is {options[field]!r}, which JSON cannot hold; make its class a dataclass and add it "
+                    f"to the table of {field}s (merging_cache.{field}s.{field.upper()}S) under a name first"
                 )
         Path(path).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
 
@@ -178,49 +180,8 @@ def resolve_config(
             f"merging is {merging!r}; give a MergingConfig, a dict of its fields or a path to its JSON file"
         )
     merged = dict(merging)
-    if ("max_tokens" in options) != ("compression_ratio" in options):  # the one given replaces the other
-        merged.pop("compression_ratio", None)
-        merged.pop("max_tokens", None)
+    sizes = ("compression_ratio", "max_tokens")
+    if sum(options.get(size) is not None for size in sizes) == 1:  # the one given replaces the other
+        for size in sizes:
+            merged.pop(size, None)
     return MergingConfig.from_dict(merged | options)
-
-
-def build_stage(field: str, spec: Spec | Stage, table: dict[str, type[Stage]], kind: type[Stage]) -> Stage:
-    """A stage from its name, its dict, or itself."""
-    if isinstance(spec, kind):
-        return spec
-    if isinstance(spec, str):
-        spec = {"name": spec}
-    if not isinstance(spec, Mapping):
-        raise TypeError(
-            f"{field} is {spec!r}; give a name, a dict with a name and options, or a {kind.__name__} object"
-        )
-    options = dict(spec)
-    name = options.pop("name", None)
-    if name not in table:
-        raise ValueError(f"unknown {field} {name!r}; choose one of {sorted(table)}")
-    try:
-        return table[name](**options)
-    except TypeError as error:
-        known = (
-            [option.name for option in dataclasses.fields(table[name])] if dataclasses.is_dataclass(table[name]) else []
-        )
-        raise ValueError(f"{field} {name!r} does not take {options}; its options are {known}") from error
-
-
-def describe_stage(spec: Any, table: dict[str, type]) -> Any:
-    """The inverse of `build_stage` where there is one."""
-    if isinstance(spec, Mapping):
-        return dict(spec)
-    for name, stage in table.items():
-        if type(spec) is stage and dataclasses.is_dataclass(spec):
-            return {"name": name, **dataclasses.asdict(spec)}
-    return spec
-
-
-def check_number(field: str, value: Any, kind: type, minimum: int | None = None) -> None:
-    """Refuse what is not an int (or for `float`, any real number), or is below `minimum`."""
-    allowed = (int, float) if kind is float else (int,)
-    if isinstance(value, bool) or not isinstance(value, allowed):
-        raise TypeError(f"{field} is {value!r}; it must be {'a number' if kind is float else 'an integer'}")
-    if minimum is not None and value < minimum:
-        raise ValueError(f"{field} is {value}; it must be at least {minimum}")

@@ -86,12 +86,26 @@ class Fold:
     # Folding ----------------------------------------------------------------------------------------------------------
 
     def is_due(self, num_tokens: int, seen: int, num_slots: int, layer_rank: tuple[int, int] | None) -> bool:
-        """Whether a layer that stores `num_tokens` per head of `seen` tokens is to be folded to `num_slots`."""
+        """Whether a layer that stores `num_tokens` per head of `seen` tokens is to be folded, all to `num_slots`."""
         layer_slots = self.budget.layer_slots(num_slots, seen, layer_rank)
         return self.budget.folds(num_tokens, seen, num_slots, layer_slots)
 
+    def width(self, padding: Tensor | None, num_slots: int) -> int:
+        """How many columns of `[B, L]` padding hold `num_slots` real tokens of every row, or all that it has.
+
+        Columns are counted from the last. With padding on the left that is `num_slots` itself.
+        """
+        if padding is None:
+            return num_slots
+        real = (~padding).flip(1).cumsum(dim=1)
+        short = real < real[:, -1:].clamp_max(num_slots)
+        return min(padding.shape[1], max(num_slots, int(short.sum(dim=1).max()) + 1))
+
     def __call__(self, states: LayerStates, num_slots: int) -> Slots:
-        """Fold `[B, H, L, D]` states into `num_slots` slots per head on average."""
+        """Fold `[B, H, L, D]` states into `num_slots` slots per head, on average over the layers and heads of a cache.
+
+        Rows that have no more tokens than that keep them all.
+        """
         if states.padding is None and (states.query_positions is None or (states.query_positions >= 0).all()):
             return self._fold_rows(states, num_slots)
         if self.budget.ragged or states.valid is not None:
@@ -101,11 +115,11 @@ class Fold:
     def _fold_padded(self, states: LayerStates, num_slots: int) -> Slots:
         """Rows with padding into the same number of slots.
 
-        transformers masks the slots of a row with the last `num_slots` columns of its attention mask, so a row gets as
-        many slots as these columns hold real tokens: all `num_slots` of them unless the row is shorter than that, in
-        which case it keeps everything it has. Padding stays only where the mask hides it.
+        transformers masks the slots of a row with the last columns of its attention mask, so a row has as many slots as
+        these columns hold real tokens. `width` columns are enough for every row to get the slots it is due, and a row
+        that then has room for more gets more. Padding stays only where the mask hides it.
         """
-        last = slice(states.num_tokens - num_slots, None)
+        last = slice(states.num_tokens - self.width(states.padding, num_slots), None)
         slots = Slots(
             keys=states.keys[:, :, last].clone(),
             values=states.values[:, :, last].clone(),
@@ -134,10 +148,11 @@ class Fold:
     def _fold_rows(self, states: LayerStates, num_slots: int) -> Slots:
         """Fold rows without padding."""
         check_finite(states)
-        num_tokens, seen = num_tokens_per_head(states), int(states.positions[..., -1].max()) + 1
+        num_tokens, seen = num_tokens_per_head(states), states.seen
         if not self.is_due(num_tokens, seen, num_slots, states.layer_rank):
             return _keep_everything(states)
         num_slots = self.budget.layer_slots(num_slots, seen, states.layer_rank)
+        states = replace(states, num_slots=num_slots)
         scores = self._protect(self._score(states), states, num_slots)
         survivors = self.budget.allocate(scores, states, num_slots)
         if survivors.valid is None and states.valid is None:
@@ -169,8 +184,11 @@ class Fold:
         return scores
 
     def _score_heads(self, states: LayerStates) -> Tensor:
+        name = self.scorer.stage_name
+        versions = _versions(states)
         scores = self.scorer.score(states)
-        name = type(self.scorer).__name__
+        if _versions(states) != versions:
+            raise ValueError(f"scorer {name} changed keys or values in place; they are the cache's own, so copy them")
         if not isinstance(scores, Tensor) or scores.shape != states.keys.shape[:3]:
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise ValueError(
@@ -192,6 +210,11 @@ class Fold:
         index = states.valid.cumsum(dim=-1) - 1
         count = states.valid.sum(dim=-1, keepdim=True)
         return scores.masked_fill(states.valid & ((index < sinks) | (index >= count - recent)), torch.inf)
+
+
+def _versions(states: LayerStates) -> tuple[int, ...]:
+    """How often the keys and values were written to; tensors of inference mode do not count."""
+    return tuple(states._version for states in (states.keys, states.values) if not states.is_inference())
 
 
 def num_tokens_per_head(states: LayerStates) -> int:

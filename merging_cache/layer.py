@@ -18,6 +18,7 @@ from .config import MergingConfig
 from .observed import Observed, Owner
 from .padding import Padding
 from .ragged import RaggedLayout, RaggedStorage
+from .rotary import rotary_of
 from .states import LayerStates, Slots
 from .storage import DenseStorage
 
@@ -236,7 +237,7 @@ class MergingLayer(DynamicLayer):
         self._awaited = None
         new = query.shape[2]
         self._padding.observe(None if visible is None else ~visible[:, -new:], self.seen - new, query.shape[0])
-        self._observed.owner, self._observed.scaling = Owner(module), scaling
+        self._meet(module, scaling, hidden_states)
         if self._fold.observes:
             with torch.no_grad():
                 queries = self._by_stored_head(query.detach(), key, keys)
@@ -248,6 +249,19 @@ class MergingLayer(DynamicLayer):
                 self._fold_if_due(keys, values)
             if not self._fold_due:
                 self._storage.settle()
+
+    def _meet(self, module: torch.nn.Module, scaling: float | None, hidden_states: Tensor | None) -> None:
+        """Note which attention module this is, and check that it gives what the stages need."""
+        stages = self._fold.stages.values()
+        if module is not self._observed.owner.module:
+            rotary = rotary_of(module) if any(stage.needs_rotary for stage in stages) else None
+            self._observed.owner = Owner(module, rotary)
+        self._observed.scaling = scaling
+        if hidden_states is None and any(stage.needs_hidden_states for stage in stages):
+            raise ValueError(
+                f"{self._fold.scorer.stage_name} must see the hidden states of {self._link.model_name}, but layer "
+                f"{self.layer_idx} was given none. Give the cache the model, {self._link.cache_name}(model=model, ...)"
+            )
 
     def _by_stored_head(self, query: Tensor, key: Tensor, stored: Tensor) -> Tensor:
         """The query heads in the order of the stored KV heads that they read.
@@ -274,7 +288,7 @@ class MergingLayer(DynamicLayer):
         if self._awaited is not None and self._link.needed:
             stages = [stage for stage in self._fold.stages.values() if stage.needs_attention]
             stages += [self._fold.budget] if self._fold.budget.ragged and self._fold.budget not in stages else []
-            names = " and ".join(type(stage).__name__ for stage in stages)
+            names = " and ".join(stage.stage_name for stage in stages)
             raise ValueError(
                 f"{names} must see the attention of {self._link.model_name}, but layer {self.layer_idx} was told of "
                 f"none. Give the cache the model, {self._link.cache_name}(model=model, ...), or generate inside `with "
@@ -304,7 +318,10 @@ class MergingLayer(DynamicLayer):
 
         Where layers differ this is not known before, and need not be: masks are fitted to each layer then.
         """
-        return min(self.num_stored, self._config.num_slots(self.seen)) if self._fold_due else self.num_stored
+        if not self._fold_due:
+            return self.num_stored
+        padding = self._padding.of_tokens(self.positions[:, 0])
+        return min(self.num_stored, self._fold.width(padding, self._config.num_slots(self.seen)))
 
     def _fold_if_due(self, *stored: Tensor) -> None:
         """Fold what is stored, if that is due; `stored` are its keys and values where they are at hand."""
@@ -338,6 +355,7 @@ class MergingLayer(DynamicLayer):
             hidden_states=observed.hidden_states,
             statistics=None if observed.statistics is None else observed.statistics.resized(self.num_stored),
             module=observed.owner.module,
+            rotary=observed.owner.rotary,
             scaling=observed.scaling,
             layer_idx=self.layer_idx,
             layer_rank=self.layer_rank,

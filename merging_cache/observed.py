@@ -11,16 +11,20 @@ from .states import LayerStates, Statistics
 
 
 class Owner:
-    """The attention module of a layer. Copies of a cache share it, and it does not travel with a pickled one."""
+    """The attention module of a layer and its rotary embedding.
 
-    def __init__(self, module: torch.nn.Module | None) -> None:
+    Copies of a cache share them, and they do not travel with a pickled one.
+    """
+
+    def __init__(self, module: torch.nn.Module | None = None, rotary: Any = None) -> None:
         self.module = module
+        self.rotary = rotary
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Owner, (None,)
+        return Owner, ()
 
 
 @dataclass
@@ -28,7 +32,7 @@ class Observed:
     """Queries and statistics of the prompt so far; tokens that were generated leave none.
 
     Args:
-        owner, scaling: the attention module and its factor on the logits.
+        owner, scaling: the attention module (with its rotary embedding) and its factor on the logits.
         queries: `[B, Hq, n, D]`, those of the last pass that is not `digested`, after the query window before it.
         positions: `[n]`, their positions in the (padded) sequence.
         new: how many of the queries came with the last pass.
@@ -36,7 +40,7 @@ class Observed:
         statistics: what the scorer remembers.
     """
 
-    owner: Owner = field(default_factory=lambda: Owner(None))
+    owner: Owner = field(default_factory=Owner)
     scaling: float | None = None
     queries: Tensor | None = None
     positions: Tensor | None = None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .stage import check_choice, check_number
 from .storage import DenseStorage
 
 
@@ -25,8 +26,8 @@ class Backend(ABC):
     """
 
     def __init__(self, axis_key: int, axis_value: int, group_size: int | None = None) -> None:
-        if group_size is not None and group_size < 1:
-            raise ValueError(f"q_group_size is {group_size}; it must be at least 1")
+        if group_size is not None:
+            check_number("q_group_size", group_size, int, minimum=1)
         self.axis_key = axis_key
         self.axis_value = axis_value
         self.group_size = group_size
@@ -53,9 +54,9 @@ class QuantoBackend(Backend):
 
     def __init__(self, nbits: int = 4, axis_key: int = 0, axis_value: int = 0, group_size: int | None = None) -> None:
         super().__init__(axis_key, axis_value, group_size)
-        check_choice("nbits", nbits, (2, 4), "quanto")
-        check_choice("axis_key", axis_key, (0, -1), "quanto")
-        check_choice("axis_value", axis_value, (0, -1), "quanto")
+        check_choice("nbits of backend 'quanto'", nbits, (2, 4))
+        check_choice("axis_key of backend 'quanto'", axis_key, (0, -1))
+        check_choice("axis_value of backend 'quanto'", axis_value, (0, -1))
         try:
             import optimum.quanto as quanto
         except ImportError as error:
@@ -79,13 +80,16 @@ class QuantoBackend(Backend):
 
 
 class HQQBackend(Backend):
-    """1 to 8 bits by hqq (half-quadratic quantization): axis 1 groups within a token, 0 across tokens."""
+    """1, 2, 4 or 8 bits by hqq (half-quadratic quantization): axis 1 groups within a token, 0 across tokens.
+
+    Its 3 bits are packed ten to a word and padded, which cannot be undone for every number of tokens.
+    """
 
     def __init__(self, nbits: int = 4, axis_key: int = 1, axis_value: int = 1, group_size: int | None = None) -> None:
         super().__init__(axis_key, axis_value, group_size)
-        check_choice("nbits", nbits, (1, 2, 3, 4, 8), "hqq")
-        check_choice("axis_key", axis_key, (0, 1), "hqq")
-        check_choice("axis_value", axis_value, (0, 1), "hqq")
+        check_choice("nbits of backend 'hqq'", nbits, (1, 2, 4, 8))
+        check_choice("axis_key of backend 'hqq'", axis_key, (0, 1))
+        check_choice("axis_value of backend 'hqq'", axis_value, (0, 1))
         try:
             from hqq.core.quantize import Quantizer
         except ImportError as error:
@@ -245,6 +249,13 @@ class QuantizedStorage:
         if self.residual.length:
             self.residual.select_rows(indices)
 
+    def to(self, device: torch.device | str) -> None:
+        """Not possible: what a backend packed stays on its device."""
+        raise ValueError(
+            f"quantized states cannot be moved to {device}; use MergingDynamicCache(offloading=True) to keep layers in "
+            "CPU memory between passes"
+        )
+
     @property
     def nbytes(self) -> int:
         """Bytes allocated: packed data, scales and the residual."""
@@ -298,9 +309,3 @@ def packed_nbytes(packed: Any) -> int:
     elif not isinstance(packed, (tuple, list)):
         return 0
     return sum(packed_nbytes(part) for part in packed)
-
-
-def check_choice(field: str, value: Any, allowed: tuple[Any, ...], backend: str | None = None) -> None:
-    if value not in allowed:
-        where = f" of backend {backend!r}" if backend else ""
-        raise ValueError(f"{field}{where} is {value!r}; choose one of {list(allowed)}")

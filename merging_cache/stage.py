@@ -1,8 +1,21 @@
-"""What scorers, budgets and mergers have in common: they say what they need to see beyond keys and values."""
+"""What scorers, budgets and mergers have in common: their options, and what they need to see beyond keys and values."""
+
+import dataclasses
+import inspect
+import types
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Kind = TypeVar("Kind", bound="Stage")
+Spec = str | Mapping[str, Any]
 
 
 class Stage:
-    """One of the three stages of a fold.
+    """One of the three stages of a fold: a dataclass whose fields are its options.
+
+    Options that are numbers, truth values or choices are checked when a stage is made, by their annotations and by the
+    bounds that `option` states.
 
     Keys and values reach every cache. The rest comes from the model's attention, so a cache whose stages need any of it
     has to be given the model: `MergingDynamicCache(model=model, ...)`.
@@ -19,7 +32,99 @@ class Stage:
     needs_module: bool = False
     """True if the stage reads `states.module`."""
 
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def stage_name(self) -> str:
+        """What messages call it."""
+        return type(self).__name__
+
     @property
     def needs_attention(self) -> bool:
         """Whether the stage can do with keys and values alone (False), or not."""
         return self.needs_queries or self.needs_hidden_states or self.needs_rotary or self.needs_module
+
+
+def option(default: Any, minimum: float | None = None, maximum: float | None = None) -> Any:
+    """A dataclass field for a number between two bounds, both allowed."""
+    return dataclasses.field(default=default, metadata={"minimum": minimum, "maximum": maximum})
+
+
+def check_options(stage: Any) -> None:
+    """Check the fields of a dataclass that are annotated as plain numbers, truth values, strings or choices.
+
+    Raises:
+        TypeError: for a value of another type than its annotation.
+        ValueError: for a number out of bounds, or none of the choices.
+    """
+    try:
+        annotations = get_type_hints(type(stage))
+    except NameError:  # names that only a type checker knows
+        return
+    for field in dataclasses.fields(stage):
+        if not field.init:
+            continue
+        value, kind = getattr(stage, field.name), annotations[field.name]
+        if get_origin(kind) in (Union, types.UnionType):
+            kinds = [one for one in get_args(kind) if one is not type(None)]
+            if value is None or len(kinds) > 1:
+                continue
+            kind = kinds[0]
+        if kind in (int, float):
+            check_number(field.name, value, kind, field.metadata.get("minimum"), field.metadata.get("maximum"))
+        elif kind in (bool, str) and not isinstance(value, kind):
+            raise TypeError(f"{field.name} is {value!r}; it must be {'True or False' if kind is bool else 'a string'}")
+        elif get_origin(kind) is Literal:
+            check_choice(field.name, value, get_args(kind))
+
+
+def check_number(
+    field: str, value: Any, kind: type, minimum: float | None = None, maximum: float | None = None
+) -> None:
+    """Refuse what is not a whole number (or for `float`, any real number), or lies out of bounds."""
+    if isinstance(value, bool) or not isinstance(value, Real if kind is float else Integral):
+        raise TypeError(f"{field} is {value!r}; it must be {'a number' if kind is float else 'an integer'}")
+    if minimum is not None and not value >= minimum:  # NaN is refused too
+        raise ValueError(f"{field} is {value}; it must be at least {minimum}")
+    if maximum is not None and not value <= maximum:
+        raise ValueError(f"{field} is {value}; it must be at most {maximum}")
+
+
+def check_choice(field: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Refuse what is none of the choices."""
+    if isinstance(value, bool) or value not in allowed:
+        raise ValueError(f"{field} is {value!r}; choose one of {list(allowed)}")
+
+
+def build_stage(field: str, spec: Any, table: dict[str, type[Kind]], kind: type[Kind]) -> Kind:
+    """A stage from its name, its dict, or itself."""
+    if isinstance(spec, kind):
+        return spec
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if not isinstance(spec, Mapping):
+        raise TypeError(
+            f"{field} is {spec!r}; give a name, a dict with a name and options, or a {kind.__name__} object"
+        )
+    options = dict(spec)
+    name = options.pop("name", None)
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(f"unknown {field} {name!r}; choose one of {sorted(table)}")
+    stage = table[name]
+    known = list(inspect.signature(stage).parameters)
+    unknown = {option: value for option, value in options.items() if option not in known}
+    if unknown:
+        raise ValueError(f"{field} {name!r} does not take {unknown}; its options are {known}")
+    return stage(**options)
+
+
+def describe_stage(spec: Any, table: dict[str, type]) -> Any:
+    """The inverse of `build_stage` where there is one."""
+    if isinstance(spec, Mapping):
+        return dict(spec)
+    for name, stage in table.items():
+        if type(spec) is stage and dataclasses.is_dataclass(spec):
+            options = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.init}
+            return {"name": name} | {option: describe_stage(value, table) for option, value in options.items()}
+    return spec

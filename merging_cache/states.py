@@ -70,6 +70,8 @@ class LayerStates:
         layer_idx: the layer's index in the model.
         layer_rank: `(i, n)`, this is folding layer `i` of `n`, or `None` where that is not known.
         heads: `[H]`, which of the layer's KV heads these are, or `None` for all of them in order.
+        num_heads: how many KV heads the layer has, where these are not all of them.
+        num_slots: how many slots per head the layer is about to be folded to, or `None` where it is not.
 
     Raises:
         ValueError: if keys, values, positions or padding do not fit together.
@@ -91,6 +93,8 @@ class LayerStates:
     layer_idx: int | None = None
     layer_rank: tuple[int, int] | None = None
     heads: Tensor | None = None
+    num_heads: int | None = None
+    num_slots: int | None = None
 
     def __post_init__(self) -> None:
         batch, heads, length = self.keys.shape[:3]
@@ -115,6 +119,11 @@ class LayerStates:
     def group_size(self) -> int:
         """G, the number of query heads that read each KV head."""
         return self.queries.shape[1] // self.keys.shape[1]
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen by the row that has seen most, padding not counted."""
+        return int(self.positions[..., -1].max()) + 1
 
     @property
     def logit_scale(self) -> float:
@@ -197,7 +206,8 @@ class LayerStates:
             query_positions=None if self.query_positions is None else self.query_positions[row : row + 1],
             hidden_states=None if self.hidden_states is None else self.hidden_states[row : row + 1],
             statistics=statistics,
-            heads=heads,
+            heads=heads.to(self.keys.device),
+            num_heads=self.keys.shape[1] if self.num_heads is None else self.num_heads,
         )
 
 

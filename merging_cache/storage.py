@@ -8,8 +8,8 @@ class DenseStorage:
     """Keys and values `[B, H, length, D]` with room to append.
 
     Appending a token writes one row; once the room is used up a new buffer is made that is 1/16 longer than needed
-    (`torch.cat`, as `DynamicCache` does it, reads and writes everything for every token). Other storages offer the same
-    methods, see `QuantizedStorage`.
+    (`torch.cat`, as `DynamicCache` does it, reads and writes everything for every token; where gradients are enabled
+    there is no other way). `QuantizedStorage` and `RaggedStorage` offer the same methods.
     """
 
     def __init__(self) -> None:
@@ -68,8 +68,8 @@ class DenseStorage:
         needed = self.length + new.shape[2]
         if buffer is None:
             return new.clone(memory_format=torch.contiguous_format)
-        if torch.is_grad_enabled() and (buffer.requires_grad or new.requires_grad):
-            return torch.cat([buffer[:, :, : self.length], new], dim=2)  # autograd forbids writing in place
+        if torch.is_grad_enabled():  # someone may want gradients of what earlier passes read from the buffer
+            return torch.cat([buffer[:, :, : self.length], new], dim=2)
         if self._held or needed > buffer.shape[2] or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
             capacity = needed + max(16, needed // 16)
             larger = buffer.new_empty((*buffer.shape[:2], capacity, buffer.shape[3]))

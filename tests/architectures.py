@@ -66,6 +66,7 @@ SMALL = {
     "n_ctx": 512,
     "max_seq_len": 512,
     "sliding_window": 16,
+    "window_size": 16,
     "attention_chunk_size": 16,
     "attention_window": 16,
     "pad_token_id": 0,

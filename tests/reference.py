@@ -192,3 +192,109 @@ def fold_row(keys, values, scores, num_slots, sinks, recent, **merge_options):
     scores = [math.inf if i in protected else scores[i] for i in range(length)]
     kept = top_tokens(scores, num_slots)
     return kept, *similarity_merge(keys, values, kept, protected, **merge_options)
+
+
+# Scorers that see queries: one row and KV head, lists of float64 vectors. Queries are [group member][position][D].
+
+
+def rotation(position, dim, base=10000.0):
+    """The RoPE matrix of a position, dimension i turning with i + dim / 2."""
+    matrix = torch.zeros(dim, dim, dtype=torch.float64)
+    for i in range(dim // 2):
+        angle = position * base ** (-2 * i / dim)
+        matrix[i, i] = matrix[i + dim // 2, i + dim // 2] = math.cos(angle)
+        matrix[i, i + dim // 2], matrix[i + dim // 2, i] = -math.sin(angle), math.sin(angle)
+    return matrix
+
+
+def mean_rotation(first, count, dim):
+    return sum(rotation(first + i, dim) for i in range(count)) / count
+
+
+def softmax(logits):
+    top = max(logits)
+    weights = [math.exp(x - top) for x in logits]
+    return [w / sum(weights) for w in weights]
+
+
+def observed_attention(keys, queries, scale):
+    length, received = len(keys), [0.0] * len(keys)
+    for member in queries:
+        for p, q in enumerate(member):
+            for i, w in enumerate(softmax([float(q @ keys[i]) * scale for i in range(p + 1)])):
+                received[i] += w / len(queries)
+    return [received[i] / (length - i) for i in range(length)]
+
+
+def expected_attention(keys, values, unrotated, n_sink, n_future_positions, use_covariance, use_vnorm, epsilon):
+    length, dim = keys.shape
+    turn = mean_rotation(length, n_future_positions, dim)
+    scores = [0.0] * length
+    for member in unrotated:
+        counted = member[n_sink:]
+        mean = counted.mean(0)
+        spread = (counted - mean).T @ (counted - mean) / len(counted)
+        mean, spread = turn @ mean, turn @ spread @ turn.T
+        logits = [
+            float(mean @ k) / dim**0.5 + (float(k @ spread @ k) / dim / 2 if use_covariance else 0.0)
+            for k in keys[n_sink:]
+        ]
+        for i, w in enumerate(softmax(logits)):
+            scores[n_sink + i] += w / len(unrotated)
+    if use_vnorm:
+        scores = [(s + epsilon) * float(v.norm()) for s, v in zip(scores, values, strict=True)]
+    return [math.inf] * n_sink + scores[n_sink:]
+
+
+def qfilter(keys, queries):
+    stacked = torch.cat(list(queries))
+    direction = torch.linalg.svd(stacked).Vh[0]
+    if float(direction @ stacked.mean(0)) > 0:
+        direction = -direction
+    return [-float(k @ direction) for k in keys]
+
+
+def non_causal(keys, values, queries, chunk_size):
+    """Before the z-score, which is over all heads of a row."""
+    length, received = len(keys), [0.0] * len(keys)
+    for start in range(0, length, chunk_size):
+        chunk = range(start, min(start + chunk_size, length))
+        for member in queries:
+            for p in chunk:
+                for i, w in zip(chunk, softmax([float(member[p] @ keys[i]) for i in chunk]), strict=True):
+                    received[i] += w / len(queries)
+    received = [r * float(v.norm()) for r, v in zip(received, values, strict=True)]
+    return [
+        sum(received[j] for j in (i - 1, i, i + 1) if 0 <= j < length) / 3 for i in range(length)
+    ]  # zeros beyond the ends
+
+
+def leverage(unrotated_keys, projection):
+    """Before the z-score."""
+    sketch = (unrotated_keys - unrotated_keys.mean(0)) @ projection
+    inverse = torch.linalg.inv(sketch.T @ sketch + 0.01 * torch.eye(sketch.shape[1], dtype=torch.float64))
+    return [float(x @ inverse @ x) for x in sketch]
+
+
+def z_scores(heads):
+    """All heads of a row together."""
+    flat = [s for head in heads for s in head]
+    mean = sum(flat) / len(flat)
+    deviation = (sum((s - mean) ** 2 for s in flat) / (len(flat) - 1)) ** 0.5
+    return [[(s - mean) / deviation for s in head] for head in heads]
+
+
+def cap(keys, values, unrotated, tau, n_sink, n_future_positions, epsilon=1e-6):
+    length, dim = keys.shape
+    turn, scores = mean_rotation(length, n_future_positions, dim), [0.0] * length
+    for member in unrotated:
+        anchor = turn @ member[n_sink:].mean(0)
+        cosines = [float(anchor @ k / anchor.norm() / k.norm()) for k in keys[n_sink:]]
+        weights = [math.exp(tau * (c - max(cosines))) for c in cosines]
+        capacity = torch.eye(values.shape[1], dtype=torch.float64)
+        for w, v in zip(weights, values[n_sink:], strict=True):
+            capacity += (w + epsilon) * torch.outer(v, v)
+        inverse = torch.linalg.inv(capacity)
+        for i, (w, v) in enumerate(zip(weights, values[n_sink:], strict=True)):
+            scores[n_sink + i] += w * float(v @ inverse @ v) / len(unrotated)
+    return [math.inf] * n_sink + scores[n_sink:]

@@ -77,6 +77,7 @@ def test_own_objects_stay_objects_and_do_not_fit_json(tmp_path):
     [
         ({"scorer": "knrom"}, "unknown scorer 'knrom'; choose one of .*'knorm'"),
         ({"scorer": {"lag_size": 3}}, "unknown scorer None"),
+        ({"merger": {"name": ["similarity"]}}, r"unknown merger \['similarity'\]; choose one of"),
         (
             {"scorer": {"name": "lagkv", "lag": 3}},
             r"scorer 'lagkv' does not take {'lag': 3}; its options are \['n_sink'",
@@ -110,6 +111,14 @@ def test_bad_values(options, message):
         ({"max_tokens": 4.5}, "max_tokens is 4.5; it must be an integer"),
         ({"compression_ratio": "0.5"}, "compression_ratio is '0.5'; it must be a number"),
         ({"sink_tokens": True}, "sink_tokens is True"),
+        ({"scorer": {"name": "lagkv", "lag_size": 1.5}}, "lag_size is 1.5; it must be an integer"),
+        ({"scorer": {"name": "random", "seed": "a"}}, "seed is 'a'; it must be an integer"),
+        (
+            {"merger": {"name": "similarity", "value_norm_weighting": "no"}},
+            "value_norm_weighting is 'no'",
+        ),
+        ({"merger": {"name": "similarity", "merge_fraction": "half"}}, "merge_fraction is 'half'"),
+        ({"budget": {"name": "per_layer", "weights": 3}}, "the weights of layers are 3"),
     ],
 )
 def test_bad_types(options, message):
@@ -135,6 +144,25 @@ def test_cache_takes_config_dict_file_and_options(tmp_path):
     (tmp_path / "list.json").write_text("[1]")
     with pytest.raises(ValueError, match="holds a JSON list"):
         MergingConfig.from_json_file(tmp_path / "list.json")
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    config = MergingConfig(max_tokens=numpy.int64(9), sink_tokens=numpy.int32(1))
+    assert config == MergingConfig(max_tokens=9, sink_tokens=1)
+    config.to_json_file(tmp_path / "merging.json")
+    assert MergingConfig(compression_ratio=numpy.float32(0.25)) == MergingConfig(compression_ratio=0.25)
+
+
+def test_none_on_top_leaves_what_was_there():
+    assert MergingDynamicCache(merging={"max_tokens": 30}, compression_ratio=None).merging.num_slots(1000) == 30
+
+
+def test_a_config_does_not_follow_the_dict_it_came_from():
+    spec = {"name": "lagkv", "lag_size": 8}
+    config = MergingConfig(scorer=spec)
+    spec["lag_size"] = 0
+    assert config.build().scorer.lag_size == 8
 
 
 def test_a_learned_scorer_is_shared_by_copies_of_a_cache():

@@ -88,9 +88,14 @@ def test_any_padding_stays_where_the_mask_hides_it(rows, num_slots):
     padding = torch.tensor(rows)
     states = states_of(20, batch=len(rows), padding=padding)
     slots = MergingConfig(scorer="knorm", sink_tokens=0, recent_tokens=0).build()(states, num_slots)
-    hidden = padding[:, 20 - num_slots :]
+    width = slots.positions.shape[2]
+    hidden = padding[:, 20 - width :]
     survivor_is_padding = padding[:, None].expand(-1, 2, -1).gather(2, slots.positions)
     assert torch.equal(survivor_is_padding, hidden[:, None].expand_as(survivor_is_padding))
+    # every row has the slots it is due, and not a column is spent in vain
+    due = (~padding).sum(dim=1).clamp_max(num_slots)
+    assert ((~hidden).sum(dim=1) >= due).all()
+    assert width == num_slots or ((~hidden[:, 1:]).sum(dim=1) < due).any()
 
 
 def test_sinks_and_recent_tokens_survive_untouched():
@@ -135,7 +140,8 @@ def test_non_finite_padding_is_nobodys_business():
     ("scorer", "message"),
     [
         (lambda s: s.keys, r"returned \(2, 2, 10, 4\) for keys"),
-        (lambda s: [1.0], "returned list"),
+        (lambda s: [1.0], "scorer <lambda> returned list"),
+        (lambda s: s.keys.mul_(2).sum(-1), "changed keys or values in place"),
         (lambda s: torch.full(s.keys.shape[:3], torch.nan), "returned NaN in layer 0"),
     ],
 )

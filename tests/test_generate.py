@@ -239,6 +239,26 @@ def test_padded_turns_equal_each_row_alone(kind):
         text, mask = output.sequences, torch.cat([mask, torch.ones(2, 8, dtype=torch.long)], 1)
 
 
+@pytest.mark.parametrize("fold_at", ["prefill", "decode"])
+def test_right_padding_loses_nothing(fold_at):
+    """Every row keeps at least what it would alone, wherever its padding is."""
+    model, ids = llama(), prompt(40, 2)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, 15:] = 0
+    cache = CACHES["dynamic"](model, max_tokens=12, attention_mask=mask, fold_at=fold_at)
+    model(ids, attention_mask=mask, past_key_values=cache)
+    more = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+    position_ids = torch.tensor([[40], [15]])
+    step = model(prompt(1, 2), attention_mask=more, position_ids=position_ids, past_key_values=cache).logits
+    real = [mask[row].bool()[cache.layers[0].positions[row, 0, :-1]] for row in range(2)]
+    assert int(real[0].sum()) >= 12
+    assert int(real[1].sum()) == 12
+    alone = CACHES["dynamic"](model, max_tokens=12)
+    model(ids[1:, :15], past_key_values=alone)
+    expected = model(prompt(1, 2)[1:], past_key_values=alone).logits
+    torch.testing.assert_close(step[1:], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_padding_between_turns_is_never_attended():
     """Rows whose later turns are padded too: the mask given to the cache grows, and hides what it should."""
     model = llama()
@@ -260,7 +280,9 @@ def test_padding_between_turns_is_never_attended():
         logits.append(step.logits)
         for layer in cache.layers:
             padding = (mask == 0)[:, None].expand(-1, 2, -1).gather(2, layer.positions[:, :, :-1])
-            assert torch.equal(padding[:, 0], (mask == 0)[:, -18:])
+            # 6 columns more than asked, so that the row with padding among its last tokens has its 18 slots too
+            assert torch.equal(padding[:, 0], (mask == 0)[:, -24:])
+            assert (~padding[1]).sum(dim=-1).tolist() == [18, 18]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 
@@ -528,7 +550,9 @@ def test_without_a_config_every_layer_folds():
 
     model, ids = llama(), prompt(LENGTH)
     with_config = greedy(model, ids, past_key_values=CACHES["dynamic"](model, compression_ratio=0.5))
-    without = greedy(model, ids, past_key_values=MergingDynamicCache(compression_ratio=0.5, **WINDOW))
+    with pytest.warns(UserWarning, match="MergingDynamicCache was given neither config=model.config nor model=model"):
+        cache = MergingDynamicCache(compression_ratio=0.5, **WINDOW)
+    without = greedy(model, ids, past_key_values=cache)
     assert torch.equal(torch.stack(with_config.logits), torch.stack(without.logits))
 
 

@@ -81,6 +81,7 @@ def test_growing_equals_concatenation(lengths):
     assert storage.nbytes <= 2 * 2 * 3 * 4 * (storage.length + max(16, storage.length // 16))
 
 
+@torch.no_grad()
 def test_appending_does_not_copy_the_cache():
     cache = MergingDynamicCache(max_tokens=100, **LAST)
     feed(cache, 0, 200)
@@ -98,6 +99,22 @@ def test_appending_keeps_gradients():
         cache.update(first, first * 2, 0)
         keys, values = cache.update(second, second * 2, 0)
         return torch.autograd.grad((keys * values).sum(), (first, second))
+
+    torch.testing.assert_close(gradient(MergingDynamicCache(compression_ratio=0)), gradient(DynamicCache()))
+
+
+def test_gradients_of_queries_alone():
+    """A query that saved the keys for its gradient must find them as they were."""
+    query = torch.randn(4, requires_grad=True)
+
+    def gradient(cache):
+        loss = 0
+        for seed in range(4):
+            torch.manual_seed(seed)
+            new = torch.randn(1, 1, 3 if seed == 0 else 1, 4)
+            keys, _ = cache.update(new, new, 0)
+            loss = loss + (keys @ query).logsumexp(-1).sum()
+        return torch.autograd.grad(loss, query)
 
     torch.testing.assert_close(gradient(MergingDynamicCache(compression_ratio=0)), gradient(DynamicCache()))
 
@@ -302,7 +319,7 @@ def test_unknown_padding_warns_once():
         cache.update(keys, keys, 1)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore:Merging.* was given neither config")
 def test_no_warning_where_there_is_nothing_to_know():
     keys = torch.randn(2, 2, 20, 4)
     MergingDynamicCache(compression_ratio=0.5, attention_mask=torch.ones(2, 20)).update(keys, keys, 0)

@@ -154,7 +154,7 @@ def test_uniform_budget_gives_every_head_the_same():
     [
         ({"similarity_threshold": 2}, "similarity_threshold is 2"),
         ({"merge_fraction": 1.5}, "merge_fraction is 1.5"),
-        ({"max_merge_per_token": -1}, "use 0 for no limit"),
+        ({"max_merge_per_token": -1}, "max_merge_per_token is -1"),
     ],
 )
 def test_bad_options(options, message):

@@ -158,6 +158,27 @@ def test_position_biases_are_refused(family):
     assert torch.equal(torch.stack(one.logits), torch.stack(other.logits))
 
 
+def test_windows_by_place_in_the_cache_are_refused():
+    model = tiny_model("gpt_neo", attention="eager")
+    with pytest.raises(ValueError, match="gpt_neo masks its local layers by a key's place in the cache"):
+        MergingDynamicCache(config=model.config)
+
+
+@torch.no_grad()
+def test_a_crop_that_one_layer_refuses_changes_no_layer():
+    model = tiny_model("gemma3_text")
+    cache = CACHES["dynamic"](model, compression_ratio=0.5)
+    model(prompt(LENGTH), past_key_values=cache)
+    for token in (5, 6, 7):
+        model(torch.tensor([[token]]), past_key_values=cache)
+    before = [(layer.keys.clone(), layer.get_seq_length()) for layer in cache.layers]
+    with pytest.raises((RuntimeError, ValueError), match="crop"):
+        cache.crop(-2)
+    for layer, (keys, seen) in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert layer.get_seq_length() == seen
+
+
 def encoder_decoder(family):
     torch.manual_seed(0)
     return AutoModelForSeq2SeqLM.from_config(tiny_config(family)).eval()

@@ -255,6 +255,7 @@ def test_copies_share_what_is_packed():
     [
         ({"backend": "gguf"}, "backend is 'gguf'; choose one of"),
         ({"backend": "quanto", "nbits": 3}, "nbits of backend 'quanto' is 3; choose one of"),
+        ({"backend": "quanto", "q_group_size": 0}, "q_group_size is 0; it must be at least 1"),
         ({"backend": "quanto", "axis_key": 1}, "axis_key of backend 'quanto' is 1"),
         ({"backend": "quanto", "q_group_size": 0}, "q_group_size is 0"),
         ({"backend": "fp8", "nbits": 8}, r"backend 'fp8' has one scale per token and takes no \['nbits'\]"),

@@ -125,9 +125,9 @@ def test_cur_random_projection_is_seeded():
     ("scorer", "options", "message"),
     [
         (StreamingLLMScorer, {"n_sink": -1}, "n_sink is -1"),
-        (LagKVScorer, {"lag_size": 0}, "lag_size 0"),
+        (LagKVScorer, {"lag_size": 0}, "lag_size is 0"),
         (CURScorer, {"leverage": "both"}, "leverage is 'both'; choose one of"),
-        (CURScorer, {"local_window_size": 0}, "local_window_size 0"),
+        (CURScorer, {"local_window_size": 0}, "local_window_size is 0"),
         (SnapKVScorer, {"window_size": 0}, "window_size is 0"),
         (SnapKVScorer, {"kernel_size": 4}, "kernel_size is 4; it must be odd"),
     ],

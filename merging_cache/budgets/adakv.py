@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..stage import option
 from ..states import LayerStates, Survivors
 from .base import Budget, top_tokens
 
@@ -26,11 +27,7 @@ class AdaKVBudget(Budget):
 
     ragged = True
 
-    safeguard: float = 0.2
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.safeguard <= 1:
-            raise ValueError(f"safeguard is {self.safeguard}; a share lies in [0, 1]")
+    safeguard: float = option(0.2, minimum=0, maximum=1)
 
     def allocate(self, scores: Tensor, states: LayerStates, num_slots: int) -> Survivors:
         heads, length = scores.shape[1:]

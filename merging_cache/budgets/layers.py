@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..stage import check_number, option
 from .uniform import UniformBudget
 
 
@@ -29,12 +30,17 @@ class PerLayerBudget(UniformBudget):
     curve: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.weights is None) == (self.curve is None):
             raise ValueError(
                 f"weights is {self.weights} and curve is {self.curve}; give one of them, the weight of every layer or "
                 "points of a curve over depth"
             )
         given = self.weights if self.curve is None else self.curve
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise TypeError(f"the weights of layers are {given!r}; give a list of positive numbers")
+        for weight in given:
+            check_number("the weight of a layer", weight, float)
         if len(given) == 0 or min(given) <= 0:
             raise ValueError(f"the weights of layers are {list(given)}; they must be positive numbers, one at least")
 
@@ -78,11 +84,7 @@ class PyramidBudget(UniformBudget):
 
     ragged = True
 
-    beta: float = 20.0
-
-    def __post_init__(self) -> None:
-        if self.beta < 1:
-            raise ValueError(f"beta is {self.beta}; it must be at least 1")
+    beta: float = option(20.0, minimum=1)
 
     def layer_slots(self, num_slots: int, seen: int, layer_rank: tuple[int, int] | None) -> int:
         index, count = known(layer_rank)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..stage import option
 from ..states import LayerStates, Survivors
 from .base import Budget, top_tokens
 
@@ -28,11 +29,7 @@ class ThresholdBudget(Budget):
     ragged = True
 
     threshold: float = 0.0
-    window: int = 128
-
-    def __post_init__(self) -> None:
-        if self.window < 0:
-            raise ValueError(f"window is {self.window}; it must not be negative")
+    window: int = option(128, minimum=0)
 
     def folds(self, num_tokens: int, seen: int, num_slots: int, layer_slots: int) -> bool:
         return num_tokens > max(1, self.window)

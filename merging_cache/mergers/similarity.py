@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..stage import option
 from ..states import LayerStates, Slots, Survivors
 from .base import Merger
 from .routing import Routing, nearest_survivors
@@ -31,19 +32,11 @@ class SimilarityMerger(Merger):
         ValueError: if an option is out of its range.
     """
 
-    similarity_threshold: float = 0.0
-    merge_fraction: float = 1.0
+    similarity_threshold: float = option(0.0, minimum=-1, maximum=1)
+    merge_fraction: float = option(1.0, minimum=0, maximum=1)
     value_norm_weighting: bool = True
-    max_merge_per_token: int = 0
+    max_merge_per_token: int = option(0, minimum=0)
     merge_keys: bool = False
-
-    def __post_init__(self) -> None:
-        if not -1 <= self.similarity_threshold <= 1:
-            raise ValueError(f"similarity_threshold is {self.similarity_threshold}; a cosine lies in [-1, 1]")
-        if not 0 <= self.merge_fraction <= 1:
-            raise ValueError(f"merge_fraction is {self.merge_fraction}; a fraction lies in [0, 1]")
-        if self.max_merge_per_token < 0:
-            raise ValueError(f"max_merge_per_token is {self.max_merge_per_token}; use 0 for no limit")
 
     def merge(self, states: LayerStates, survivors: Survivors) -> Slots:
         slots = Slots.of_survivors(states, survivors)

@@ -1,10 +1,23 @@
 """Scorers: how important each token is. `SCORERS` is the table of their names; adding one is a file and a line here."""
 
 from .base import FunctionScorer, Scorer
+from .cap import CapScorer
+from .chunk_kv import ChunkKVScorer
+from .compactor import CompactorScorer
+from .critical_kv import CriticalKVScorer
 from .cur import CURScorer
+from .expected_attention import ExpectedAttentionScorer
+from .fast_kvzip import FastKVzipScorer
 from .keydiff import KeyDiffScorer
 from .knorm import KnormScorer
+from .kvpress import KVPressScorer
+from .kvzap import KVzapScorer
 from .lagkv import LagKVScorer
+from .leverage import LeverageScorer
+from .non_causal import NonCausalScorer
+from .observed_attention import ObservedAttentionScorer
+from .pyramidkv import PyramidKVScorer
+from .qfilter import QFilterScorer
 from .random import RandomScorer
 from .snapkv import SnapKVScorer
 from .streaming_llm import StreamingLLMScorer
@@ -12,10 +25,22 @@ from .tova import TOVAScorer
 from .value_norm import ValueNormScorer
 
 SCORERS: dict[str, type[Scorer]] = {
+    "cap": CapScorer,
+    "chunk_kv": ChunkKVScorer,
+    "compactor": CompactorScorer,
+    "critical_kv": CriticalKVScorer,
     "cur": CURScorer,
+    "expected_attention": ExpectedAttentionScorer,
+    "fast_kvzip": FastKVzipScorer,
     "keydiff": KeyDiffScorer,
     "knorm": KnormScorer,
+    "kvzap": KVzapScorer,
     "lagkv": LagKVScorer,
+    "leverage": LeverageScorer,
+    "non_causal": NonCausalScorer,
+    "observed_attention": ObservedAttentionScorer,
+    "pyramidkv": PyramidKVScorer,
+    "qfilter": QFilterScorer,
     "random": RandomScorer,
     "snapkv": SnapKVScorer,
     "streaming_llm": StreamingLLMScorer,
@@ -26,10 +51,23 @@ SCORERS: dict[str, type[Scorer]] = {
 __all__ = [
     "SCORERS",
     "CURScorer",
+    "CapScorer",
+    "ChunkKVScorer",
+    "CompactorScorer",
+    "CriticalKVScorer",
+    "ExpectedAttentionScorer",
+    "FastKVzipScorer",
     "FunctionScorer",
+    "KVPressScorer",
+    "KVzapScorer",
     "KeyDiffScorer",
     "KnormScorer",
     "LagKVScorer",
+    "LeverageScorer",
+    "NonCausalScorer",
+    "ObservedAttentionScorer",
+    "PyramidKVScorer",
+    "QFilterScorer",
     "RandomScorer",
     "Scorer",
     "SnapKVScorer",

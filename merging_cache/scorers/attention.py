@@ -19,7 +19,8 @@ def attention_tiles(states: LayerStates, last: int | None = None) -> Iterator[tu
     batch, heads, length = states.keys.shape[:3]
     queries, query_positions = states.queries, states.query_positions
     if last is not None:
-        queries, query_positions = queries[:, :, -last:], query_positions[:, -last:]
+        first = queries.shape[2] - last
+        queries, query_positions = queries[:, :, first:], query_positions[:, first:]
     queries = queries.unflatten(1, (heads, states.group_size)).float() * states.logit_scale
     keys = states.keys.float().unsqueeze(2).mT
     step = max(1, TILE // (batch * queries.shape[1] * queries.shape[2] * length))

@@ -13,8 +13,9 @@ from ..states import LayerStates, Statistics
 class Scorer(Stage, ABC):
     """Gives every token of every KV head an importance; tokens with higher scores keep their slots.
 
-    Subclass it as a dataclass whose fields are its options and define `score`. Rows arrive without padding; keys and
-    values are in the model's precision, so compute in fp32: the norms of bf16 keys tie for three tokens in four.
+    Subclass it as a dataclass whose fields are its options and define `score`. Rows arrive without padding. Keys and
+    values are the cache's own and must not be changed in place; they are in the model's precision, so compute in fp32:
+    the norms of bf16 keys tie for three tokens in four.
 
     Example:
         >>> from dataclasses import dataclass
@@ -53,6 +54,10 @@ class FunctionScorer(Scorer):
     """A plain callable `LayerStates -> [B, H, L]` as a scorer."""
 
     function: Callable[[LayerStates], Tensor]
+
+    @property
+    def stage_name(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
 
     def score(self, states: LayerStates) -> Tensor:
         return self.function(states)

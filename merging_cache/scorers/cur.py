@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..stage import option
 from ..states import LayerStates
 from .base import Scorer
 
@@ -30,21 +31,12 @@ class CURScorer(Scorer):
         seed: of that projection.
     """
 
-    num_sinks: int = 4
+    num_sinks: int = option(4, minimum=0)
     leverage: Leverage = "kv_product"
     use_local_approximation: bool = True
-    local_window_size: int = 16
+    local_window_size: int = option(16, minimum=1)
     use_random_projection: bool = False
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.leverage not in get_args(Leverage):
-            raise ValueError(f"leverage is {self.leverage!r}; choose one of {get_args(Leverage)}")
-        if self.num_sinks < 0 or self.local_window_size < 1:
-            raise ValueError(
-                f"num_sinks is {self.num_sinks} and local_window_size {self.local_window_size}; "
-                "they must be at least 0 and 1"
-            )
 
     def score(self, states: LayerStates) -> Tensor:
         keys, values = self._leverage(states.keys), self._leverage(states.values)

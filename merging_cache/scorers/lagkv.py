@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..stage import option
 from ..states import LayerStates
 from .base import Scorer
 
@@ -25,13 +26,9 @@ class LagKVScorer(Scorer):
         cross_block: compare the softmax scores themselves over all blocks instead of the rank within each.
     """
 
-    n_sink: int = 4
-    lag_size: int = 128
+    n_sink: int = option(4, minimum=0)
+    lag_size: int = option(128, minimum=1)
     cross_block: bool = False
-
-    def __post_init__(self) -> None:
-        if self.n_sink < 0 or self.lag_size < 1:
-            raise ValueError(f"n_sink is {self.n_sink} and lag_size {self.lag_size}; they must be at least 0 and 1")
 
     def score(self, states: LayerStates) -> Tensor:
         length = states.num_tokens

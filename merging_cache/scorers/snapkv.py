@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
+from ..stage import option
 from ..states import LayerStates
 from .attention import attention_tiles
 from .base import Scorer
@@ -30,14 +31,13 @@ class SnapKVScorer(Scorer):
 
     needs_queries = True
 
-    window_size: int = 64
-    kernel_size: int = 5
+    window_size: int = option(64, minimum=1)
+    kernel_size: int = option(5, minimum=1)
 
     def __post_init__(self) -> None:
-        if self.window_size < 1:
-            raise ValueError(f"window_size is {self.window_size}; it must be at least 1")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {self.kernel_size}; it must be odd and at least 1")
+        super().__post_init__()
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {self.kernel_size}; it must be odd")
 
     @property
     def query_window(self) -> int:

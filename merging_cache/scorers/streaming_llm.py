@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..stage import option
 from ..states import LayerStates
 from .base import Scorer
 
@@ -16,11 +17,7 @@ class StreamingLLMScorer(Scorer):
     What survives is the sinks and the latest tokens, whatever the budget.
     """
 
-    n_sink: int = 4
-
-    def __post_init__(self) -> None:
-        if self.n_sink < 0:
-            raise ValueError(f"n_sink is {self.n_sink}; it must not be negative")
+    n_sink: int = option(4, minimum=0)
 
     def score(self, states: LayerStates) -> Tensor:
         index = torch.arange(states.num_tokens, device=states.keys.device)

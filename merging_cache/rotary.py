@@ -1,0 +1,164 @@
+"""The rotary position embedding of an attention layer, undone or averaged over positions, by the model's own functions.
+
+A layer's queries are rotated by what the model's rotary module says of a position (cosines and sines) and by the
+`apply_rotary_pos_emb` of the model's file, whatever its layout. Both are linear in cosine and sine, which is all that
+is used here. Knows transformers' model files; scorers only know `Rotary`.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import from_model_file, linked_model, probing
+
+CHANGING = ("dynamic", "longrope")  # frequencies that depend on the length of the sequence
+PROBED = (0, 1, 5, 42)
+
+
+class Rotary:
+    """Rotates `[..., D]` as an attention layer does.
+
+    Args:
+        embedding: the model's rotary module.
+        options: what it has to be told beyond positions.
+        apply: `(states [B, H, n, D], cosines, sines) -> [B, H, n, D]`, linear in cosines and sines.
+    """
+
+    def __init__(
+        self,
+        embedding: torch.nn.Module,
+        options: dict[str, Any],
+        apply: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> None:
+        self.embedding = embedding
+        self._options = options
+        self._apply = apply
+
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[B, n, width]` of positions `[B, n]`, in fp32."""
+        cos, sin = self.embedding(torch.zeros(1, device=positions.device), positions, **self._options)
+        return cos.float(), sin.float()
+
+    def rotated(self, states: Tensor, positions: Tensor) -> Tensor:
+        """`[B, H, n, D]` as they are at `positions`, `[B, n]` or `[B, H, n]`."""
+        return self._turned(states, positions, back=False)
+
+    def unrotated(self, states: Tensor, positions: Tensor) -> Tensor:
+        """The inverse of `rotated`, in fp32."""
+        return self._turned(states, positions, back=True)
+
+    def mean_rotated(self, states: Tensor, first: int, count: int) -> Tensor:
+        """`[..., D]` averaged over being at the positions `first` to `first + count - 1`, in fp32."""
+        positions = torch.arange(first, first + count, device=states.device).unsqueeze(0)
+        cos, sin = (part.mean(dim=1, keepdim=True) for part in self.cos_sin(positions))
+        flat = states.float().reshape(1, -1, 1, states.shape[-1])
+        return self._apply(flat, cos, sin).view(states.shape)
+
+    def _turned(self, states: Tensor, positions: Tensor, back: bool) -> Tensor:
+        flat = states.float()
+        if positions.dim() == 3:
+            flat, positions = flat.flatten(0, 1).unsqueeze(1), positions.flatten(0, 1)
+        cos, sin = self.cos_sin(positions)
+        if back:  # cosines and sines may be scaled, as YaRN does
+            squared = cos.square() + sin.square()
+            cos, sin = cos / squared, -sin / squared
+        return self._apply(flat, cos, sin).view(states.shape)
+
+
+@torch.no_grad()
+def rotary_of(module: torch.nn.Module) -> Rotary:
+    """The rotary embedding of an attention module of a linked model.
+
+    It is tried out: the module attends to one and the same token at several positions, and the queries that it makes
+    of it, rotated back, have to be one and the same query.
+
+    Raises:
+        ValueError: if the module has none, or one that cannot be undone so.
+    """
+    model = linked_model(module)
+    name = type(module).__name__
+    refusal = ValueError(
+        f"the rotary position embedding of {name} could not be made out, so its queries and keys cannot be rotated "
+        "back; choose a scorer that does not need it, such as scorer='snapkv' or scorer='keydiff'"
+    )
+    embedding = _embedding(model, module)
+    apply = from_model_file(module, "apply_rotary_pos_emb")
+    if embedding is None or apply is None or list(inspect.signature(apply).parameters)[2:4] != ["cos", "sin"]:
+        raise refusal
+    types = getattr(embedding, "rope_type", "default")
+    if any(kind in CHANGING for kind in (types.values() if isinstance(types, dict) else [types])):
+        raise refusal
+    parameter = next(module.parameters())
+    options = _layer_type(embedding, module)
+
+    def whole(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return apply(states, states, cos, sin)[0]
+
+    def first_part(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        width = cos.shape[-1]
+        return torch.cat([whole(states[..., :width], cos, sin), states[..., width:]], dim=-1)
+
+    try:
+        positions = torch.tensor([PROBED], device=parameter.device)
+        queries = _probe(module, positions, Rotary(embedding, options, whole).cos_sin(positions))
+    except Exception as error:
+        raise refusal from error
+    for way in (whole, first_part):
+        rotary = Rotary(embedding, options, way)
+        try:
+            unrotated = rotary.unrotated(queries, positions)
+        except (RuntimeError, IndexError):  # widths that do not fit
+            continue
+        tolerance = 64 * torch.finfo(queries.dtype).eps * unrotated.abs().max()
+        if unrotated.shape == queries.shape and (unrotated - unrotated[:, :, :1]).abs().max() <= tolerance:
+            return rotary
+    raise refusal
+
+
+def _embedding(model: torch.nn.Module | None, module: torch.nn.Module) -> Any:
+    """The rotary module that serves an attention module: its own, or that of the innermost part that holds both."""
+    if getattr(module, "rotary_emb", None) is not None:
+        return module.rotary_emb
+    found = None
+    for part in () if model is None else model.modules():
+        if getattr(part, "rotary_emb", None) is not None and any(inner is module for inner in part.modules()):
+            found = part.rotary_emb
+    return found
+
+
+def _layer_type(embedding: torch.nn.Module, module: torch.nn.Module) -> dict[str, str]:
+    """What a rotary module that serves several kinds of layers has to be told."""
+    if "layer_type" not in inspect.signature(embedding.forward).parameters:
+        return {}
+    return {"layer_type": getattr(module, "layer_type", None) or module.config.layer_types[module.layer_idx]}
+
+
+def _probe(module: torch.nn.Module, positions: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """The queries `[1, Hq, n, D]` that a module makes of one token at several positions."""
+    parameter = next(module.parameters())
+    generator = torch.Generator().manual_seed(0)
+    width = next(iter(_input_widths(module)))
+    token = torch.randn(width, generator=generator).to(parameter.device, parameter.dtype)
+    given = {
+        "hidden_states": token.expand(1, positions.shape[1], -1),
+        "position_embeddings": tuple(part.to(parameter.dtype) for part in cos_sin),
+        "position_ids": positions,
+        "attention_mask": None,
+        "past_key_values": None,
+        "use_cache": False,
+    }
+    takes = inspect.signature(module.forward).parameters
+    with probing() as queries:
+        module(**{name: value for name, value in given.items() if name in takes})
+    return queries[-1]
+
+
+def _input_widths(module: torch.nn.Module) -> Any:
+    """The widths of the hidden states that a module's projections take, the first first."""
+    for name in ("q_proj", "qkv_proj", "query_key_value", "Wqkv", "q_a_proj"):
+        if hasattr(module, name):
+            yield getattr(module, name).weight.shape[1]
+    yield module.config.hidden_size

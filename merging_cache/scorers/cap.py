@@ -1,0 +1,57 @@
+"""Tokens whose values the others cannot stand in for."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..stage import option
+from ..states import LayerStates, Statistics
+from .base import Scorer
+from .moments import by_kv_head, observe_moments, unit
+
+
+@dataclass
+class CapScorer(Scorer):
+    """Relevance to the mean query times the leverage of the value (CapKV, as in kvpress's `CapPress`).
+
+    With `q` the mean of the prompt's queries before RoPE (without the first `n_sink`), turned by the rotation averaged
+    over the next `n_future_positions`: `w = exp(tau (cos(q, k) - max))`, `A = I + sum (w + epsilon) v v'` over the
+    tokens, and a token scores `w v' A^-1 v`, averaged over the query heads of the group. The first `n_sink` tokens
+    score highest.
+
+    Args:
+        tau: how much relevance counts.
+        n_future_positions: over how many of the next positions the rotation is averaged.
+        n_sink: first tokens that are kept and not counted.
+        epsilon: added to the weights inside A.
+    """
+
+    needs_queries = True
+    needs_rotary = True
+    query_window = 0
+
+    tau: float = option(5.0, minimum=0)
+    n_future_positions: int = option(512, minimum=1)
+    n_sink: int = option(4, minimum=0)
+    epsilon: float = option(1e-6, minimum=0)
+
+    def observe(self, states: LayerStates, new: int) -> Statistics:
+        return Statistics(queries=observe_moments(states, new, self.n_sink, covariance=False))
+
+    def score(self, states: LayerStates) -> Tensor:
+        _, mean = states.statistics.queries
+        anchor = states.rotary.mean_rotated(mean, states.seen, self.n_future_positions)
+        anchor = by_kv_head(unit(anchor), states.keys.shape[1])
+        sinks = states.positions < self.n_sink
+        cosine = anchor @ unit(states.keys.float()).mT  # [B, H, G, L]
+        cosine.masked_fill_(sinks.unsqueeze(2), -torch.inf)
+        weights = (self.tau * (cosine - cosine.amax(dim=-1, keepdim=True).clamp_min(-1))).exp()
+        values, scores = states.values.float(), torch.zeros(states.keys.shape[:3], device=states.keys.device)
+        counted = values.masked_fill(sinks.unsqueeze(-1), 0.0)
+        for member in range(weights.shape[2]):
+            capacity = counted.mT @ (counted * (weights[:, :, member] + self.epsilon).unsqueeze(-1))
+            capacity.diagonal(dim1=-2, dim2=-1).add_(1.0)
+            leverage = (values * torch.linalg.solve(capacity, values.mT).mT).sum(dim=-1)
+            scores += weights[:, :, member] * leverage
+        return (scores / weights.shape[2]).masked_fill(sinks, torch.inf)

@@ -1,0 +1,77 @@
+"""Tokens whose values move the layer's output most."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..budgets.base import top_tokens
+from ..stage import option
+from ..states import LayerStates
+from .wrapper import WrappingScorer
+
+TILE = 1 << 22  # elements of projected values held at a time: 16 MiB in fp32
+PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj_out", "proj")
+
+
+@dataclass
+class CriticalKVScorer(WrappingScorer):
+    """Two stages: by the other scorer, then also by the output that the values make (CriticalKV, arXiv:2502.03805).
+
+    The first `first_stage_ratio` of the slots goes to the best tokens of the other scorer. The rest goes by
+    `(score + epsilon) |v W_O|_1`, W_O being the head's part of the output projection, averaged over the query heads of
+    the group.
+
+    Args:
+        scorer: the other scorer.
+        epsilon: added to its scores.
+        first_stage_ratio: share of the slots that goes by its scores alone.
+
+    Raises:
+        ValueError: when scoring, if the attention module has no output projection that fits.
+    """
+
+    needs_module = True
+
+    epsilon: float = option(1e-4, minimum=0)
+    first_stage_ratio: float = option(0.5, minimum=0, maximum=1)
+
+    def score(self, states: LayerStates) -> Tensor:
+        scores = self.inner.score(states).float()
+        slots = states.num_tokens if states.num_slots is None else min(states.num_slots, states.num_tokens)
+        first = max(1, int(slots * self.first_stage_ratio)) if self.first_stage_ratio else 0
+        second = (scores + self.epsilon) * projected_norm(states)
+        return second.scatter_(2, top_tokens(scores, first), torch.inf)
+
+
+def projected_norm(states: LayerStates) -> Tensor:
+    """`[B, H, L]`, the L1 norm of each value after its part of the output projection, mean over the group."""
+    weight = output_projection(states)  # [H, G, D, hidden]
+    norms = torch.zeros(states.values.shape[:3], device=states.values.device)
+    step = max(1, TILE // (norms.shape[0] * weight.shape[-1]))
+    for head in range(norms.shape[1]):
+        for start in range(0, norms.shape[2], step):
+            values = states.values[:, head, start : start + step].float()
+            for part in weight[head]:
+                norms[:, head, start : start + step] += (values @ part).abs().sum(dim=-1)
+    return norms / weight.shape[1]
+
+
+def output_projection(states: LayerStates) -> Tensor:
+    """`[H, G, D, hidden]` in fp32, the parts of the output projection that belong to these KV heads."""
+    module, dim = states.module, states.values.shape[3]
+    for name in PROJECTIONS:
+        layer = getattr(module, name, None)
+        weight = getattr(layer, "weight", None)
+        if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+            continue
+        if isinstance(layer, torch.nn.Linear):
+            weight = weight.mT
+        num_heads = states.keys.shape[1] if states.num_heads is None else states.num_heads
+        if weight.shape[0] % (num_heads * dim) == 0:
+            parts = weight.detach().float().to(states.values.device).unflatten(0, (num_heads, -1, dim))
+            return parts if states.heads is None else parts[states.heads.to(parts.device)]
+    raise ValueError(
+        f"{type(module).__name__} has no output projection (one of {', '.join(PROJECTIONS)}) that takes the values "
+        f"{tuple(states.values.shape)} of layer {states.layer_idx}; use another scorer than critical_kv"
+    )

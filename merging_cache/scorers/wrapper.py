@@ -1,0 +1,57 @@
+"""Scorers made of another scorer."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..stage import Spec, build_stage
+from ..states import LayerStates, Statistics
+from .base import Scorer
+
+
+@dataclass
+class WrappingScorer(Scorer):
+    """Changes the scores of another scorer, and asks for all that the other needs to see.
+
+    Args:
+        scorer: the other: a name, a dict `{"name": ..., **options}` or a `Scorer`.
+    """
+
+    scorer: Spec | Scorer = "snapkv"
+    inner: Scorer = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from . import SCORERS  # the table that this scorer is in
+
+        self.inner = build_stage("scorer", self.scorer, SCORERS, Scorer)
+
+    @property
+    def needs_queries(self) -> bool:
+        return self.inner.needs_queries
+
+    @property
+    def query_window(self) -> int:
+        return self.inner.query_window
+
+    @property
+    def needs_hidden_states(self) -> bool:
+        return self.inner.needs_hidden_states
+
+    @property
+    def needs_rotary(self) -> bool:
+        return self.inner.needs_rotary
+
+    @property
+    def needs_module(self) -> bool:
+        return self.inner.needs_module
+
+    @property
+    def default_budget(self) -> str:
+        return self.inner.default_budget
+
+    def observe(self, states: LayerStates, new: int) -> Statistics | None:
+        return self.inner.observe(states, new)
+
+    def score(self, states: LayerStates) -> Tensor:
+        return self.inner.score(states)

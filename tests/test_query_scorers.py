@@ -1,0 +1,539 @@
+"""Scorers that see a model's queries, keys before RoPE, hidden states or weights, against formulas written as loops."""
+
+import copy
+import json
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import reference
+from architectures import causal_lm_types, tiny_model
+from merging_cache import SCORERS, MergingConfig, MergingDynamicCache
+from merging_cache.attention import linked_model
+from merging_cache.rotary import rotary_of
+from merging_cache.scorers import FastKVzipScorer, KVzapScorer, QFilterScorer
+from merging_cache.scorers.wrapper import WrappingScorer
+from models import WINDOW, greedy, left_padded, llama, prompt
+
+pytestmark = pytest.mark.core
+
+LENGTH = 45
+
+
+@dataclass
+class Spy(WrappingScorer):
+    """Keeps what the other scorer was shown and what it said, by layer."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.said = {}
+
+    def score(self, states):
+        scores = super().score(states)
+        self.said[states.layer_idx] = states, scores
+        return scores
+
+
+@torch.no_grad()
+def said(model, scorer, ids, chunk=None, **options):
+    """For each layer the states, the scores, and the true queries before RoPE `[B, Hq, L, D]`."""
+    hidden, hooks = {}, []
+    for layer in model.model.layers:
+
+        def keep(module, args, kwargs):
+            if len(kwargs["hidden_states"]) == len(ids):  # not where the rotary embedding is tried out
+                hidden.setdefault(module, []).append(kwargs["hidden_states"])
+
+        hooks.append(layer.self_attn.register_forward_pre_hook(keep, with_kwargs=True))
+    spy = Spy(scorer)
+    cache = MergingDynamicCache(model=model, scorer=spy, fold_at="decode", **WINDOW | options)
+    for piece in ids.split(chunk or ids.shape[1], dim=1):
+        model(piece, past_key_values=cache)
+    for hook in hooks:
+        hook.remove()
+    model(prompt(1, ids.shape[0]), past_key_values=cache)
+    cache.release(model)
+    result = []
+    for index, layer in enumerate(model.model.layers):
+        module = layer.self_attn
+        queries = module.q_proj(torch.cat(hidden[module], dim=1)).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+        result.append((*spy.said[index], queries.double()))
+    return result
+
+
+def check(scores, formula, *parts, heads_together=None, tolerance=1e-3):
+    """Compare `[B, H, L]` scores with the formula for each row and head of `parts`, `[B, H, ...]` each."""
+    for row in range(scores.shape[0]):
+        heads = [formula(*(part[row, head].double() for part in parts)) for head in range(scores.shape[1])]
+        expected = torch.tensor(heads if heads_together is None else heads_together(heads))
+        torch.testing.assert_close(scores[row], expected.float(), rtol=tolerance, atol=1e-5)
+
+
+def grouped(queries):
+    """`[B, Hq, L, D]` to `[B, H, G, L, D]`."""
+    return queries.unflatten(1, (2, 2))
+
+
+def unrotated(keys):
+    turns = torch.stack([reference.rotation(p, keys.shape[-1]) for p in range(keys.shape[2])])
+    return torch.einsum("bhne,ned->bhnd", keys.double(), turns)
+
+
+def rotated(queries):
+    turns = torch.stack([reference.rotation(p, queries.shape[-1]) for p in range(queries.shape[2])])
+    return torch.einsum("bhnd,ned->bhne", queries, turns)
+
+
+chunks = pytest.mark.parametrize("chunk", [None, 16])
+
+
+@chunks
+def test_observed_attention(chunk):
+    formula = partial(reference.observed_attention, scale=16**-0.5)
+    for states, scores, queries in said(llama(), "observed_attention", prompt(LENGTH, 2), chunk):
+        check(scores, formula, states.keys, grouped(rotated(queries)))
+
+
+@chunks
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"n_future_positions": 3, "n_sink": 0, "epsilon": 0.1}, {"use_covariance": False}, {"use_vnorm": False}],
+)
+def test_expected_attention(chunk, options):
+    full = {"n_future_positions": 20, "n_sink": 4, "use_covariance": True, "use_vnorm": True, "epsilon": 0.0} | options
+    formula = partial(reference.expected_attention, **full)
+    for states, scores, queries in said(llama(), {"name": "expected_attention", **full}, prompt(LENGTH, 2), chunk):
+        check(scores, formula, states.keys, states.values, grouped(queries))
+
+
+@chunks
+def test_qfilter(chunk):
+    for states, scores, queries in said(llama(), "qfilter", prompt(LENGTH, 2), chunk):
+        check(scores, reference.qfilter, states.keys, grouped(rotated(queries)))
+
+
+@pytest.mark.parametrize(("chunk", "size"), [(None, 256), (None, 10), (16, 16), (7, 10)])
+def test_non_causal(chunk, size):
+    formula = partial(reference.non_causal, chunk_size=size)
+    spec = {"name": "non_causal", "chunk_size": size}
+    for states, scores, queries in said(llama(), spec, prompt(LENGTH, 2), chunk):
+        parts = states.keys, states.values, grouped(rotated(queries))
+        check(scores, formula, *parts, heads_together=reference.z_scores)
+
+
+def projection(dimension):
+    return torch.randn(16, dimension, generator=torch.Generator().manual_seed(0)).double() / dimension**0.5
+
+
+@pytest.mark.parametrize("dimension", [48, 5])
+def test_leverage(dimension):
+    formula = partial(reference.leverage, projection=projection(dimension))
+    spec = {"name": "leverage", "sketch_dimension": dimension}
+    for states, scores, _ in said(llama(), spec, prompt(LENGTH, 2)):
+        # a sketch wider than the keys has directions that the ridge alone carries
+        check(scores, formula, unrotated(states.keys), heads_together=reference.z_scores, tolerance=1e-2)
+
+
+def test_compactor_is_both_between_the_sinks():
+    ids, blending = prompt(LENGTH, 2), 0.4
+    options = {"blending": blending, "sketch_dimension": 8}
+    for states, scores, queries in said(llama(), {"name": "compactor", **options}, ids):
+        queries, keys, values = grouped(rotated(queries)), states.keys.double(), states.values.double()
+        plain = unrotated(keys)
+        for row in range(2):
+            lever = reference.z_scores([reference.leverage(plain[row, h, 8:-4], projection(8)) for h in range(2)])
+            # chunks are those of the whole sequence, smoothing and z-score those between the sinks
+            attention = torch.tensor(
+                [unsmoothed_non_causal(keys[row, h], values[row, h], queries[row, h]) for h in range(2)]
+            )[:, 8:-4]
+            smooth = torch.nn.functional.avg_pool1d(attention, 3, padding=1, stride=1)
+            both = blending * torch.tensor(lever) + torch.tensor(reference.z_scores(smooth.tolist()))
+            torch.testing.assert_close(scores[row, :, 8:-4], both.float(), rtol=1e-2, atol=1e-2)
+        assert scores[:, :, :8].isinf().all()
+        assert scores[:, :, -4:].isinf().all()
+
+
+def unsmoothed_non_causal(keys, values, queries):
+    received = [0.0] * len(keys)
+    for member in queries:
+        for q in member:
+            for i, w in enumerate(reference.softmax([float(q @ k) for k in keys])):
+                received[i] += w / len(queries)
+    return [r * float(v.norm()) for r, v in zip(received, values, strict=True)]
+
+
+@chunks
+def test_cap(chunk):
+    options = {"tau": 3.0, "n_future_positions": 20, "n_sink": 2}
+    formula = partial(reference.cap, **options)
+    for states, scores, queries in said(llama(), {"name": "cap", **options}, prompt(LENGTH, 2), chunk):
+        check(scores, formula, states.keys, states.values, grouped(queries), tolerance=5e-3)
+
+
+def test_pyramidkv_is_snapkv_with_its_budget():
+    config = MergingConfig(scorer="pyramidkv")
+    assert config.budget == "pyramid"
+    ids = prompt(LENGTH, 2)
+    for mine, snapkv in zip(said(llama(), "pyramidkv", ids), said(llama(), "snapkv", ids), strict=True):
+        assert torch.equal(mine[1], snapkv[1])
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_critical_kv(ratio):
+    model = llama()
+    spec = {"name": "critical_kv", "scorer": "keydiff", "first_stage_ratio": ratio, "epsilon": 0.01}
+    for index, (states, scores, _) in enumerate(said(model, spec, prompt(LENGTH, 2))):
+        weight = model.model.layers[index].self_attn.o_proj.weight.T.detach().double()  # [Hq * D, hidden]
+        inner = SCORERS["keydiff"]().score(states)
+        assert states.num_slots == (LENGTH + 0) // 2
+        first = max(1, int(states.num_slots * ratio)) if ratio else 0
+        for row in range(2):
+            for head in range(2):
+                fixed = reference.top_tokens(inner[row, head].tolist(), first)
+                for i in range(LENGTH):
+                    if i in fixed:
+                        assert scores[row, head, i] == math.inf
+                        continue
+                    value = states.values[row, head, i].double()
+                    parts = [weight[(2 * head + g) * 16 : (2 * head + g + 1) * 16] for g in range(2)]
+                    norm = sum(float((value @ part).abs().sum()) for part in parts) / 2
+                    expected = (inner[row, head, i].item() + 0.01) * norm
+                    assert scores[row, head, i].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_chunk_kv_scores_whole_chunks_of_each_row():
+    for states, scores, _ in said(
+        llama(), {"name": "chunk_kv", "scorer": "knorm", "chunk_length": 7}, prompt(LENGTH, 2)
+    ):
+        inner = SCORERS["knorm"]().score(states)
+        for row in range(2):
+            for i in range(LENGTH):
+                chunk = inner[row, :, i // 7 * 7 : i // 7 * 7 + 7]
+                expected = chunk.sum(0).mean()
+                torch.testing.assert_close(scores[row, :, i], expected.expand(2))
+        assert not torch.equal(scores[0], scores[1])
+
+
+# Learned weights ------------------------------------------------------------------------------------------------------
+
+
+def kvzap_weights(folder, kind, hidden=64, heads=2, layers=2):
+    """Random weights as they are published."""
+    torch.manual_seed(7)
+    shapes = {"weight": (heads, hidden), "bias": (heads,)}
+    if kind == "mlp":
+        shapes = {"0.weight": (24, hidden), "0.bias": (24,), "2.weight": (heads, 24), "2.bias": (heads,)}
+    tensors = {f"layers.{i}.{name}": torch.randn(shape) for i in range(layers) for name, shape in shapes.items()}
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    config = {"model_type": "kvzap", "input_dim": hidden, "output_dim": heads, "n_modules": layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def gate_weights(folder, hidden=64, heads=2, group=2, layers=2, dim=16, sinks=16):
+    torch.manual_seed(8)
+    shapes = {
+        "q_proj.weight": (heads * group * dim, hidden),
+        "q_proj.bias": (heads * group * dim,),
+        "k_proj.weight": (heads * dim, hidden),
+        "q_norm.weight": (dim,),
+        "k_norm.weight": (dim,),
+        "k_base": (heads, 1, sinks, dim),
+        "b": (heads, 1, group),
+    }
+    tensors = {f"{i}.{name}": torch.randn(shape) for i in range(layers) for name, shape in shapes.items()}
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "gates.safetensors")
+    return tensors
+
+
+@torch.no_grad()
+def hidden_states(model, ids):
+    """The input of each layer's attention."""
+    seen = []
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+        )
+        for layer in model.model.layers
+    ]
+    model(ids)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@chunks
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_kvzap(kind, chunk, tmp_path):
+    tensors, model, ids = kvzap_weights(tmp_path / "w", kind), llama(), prompt(LENGTH, 2)
+    scorer = KVzapScorer.from_pretrained(tmp_path / "w")
+    hidden = hidden_states(model, ids)
+    for index, (_, scores, _) in enumerate(said(model, scorer, ids, chunk)):
+        w = {name.split(".", 2)[2]: t for name, t in tensors.items() if name.startswith(f"layers.{index}.")}
+        if kind == "linear":
+            module = torch.nn.Linear(64, 2)
+        else:
+            module = torch.nn.Sequential(torch.nn.Linear(64, 24), torch.nn.GELU(), torch.nn.Linear(24, 2))
+        module.load_state_dict(w)
+        torch.testing.assert_close(scores, module(hidden[index]).mT.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_fast_kvzip(tmp_path):
+    tensors, model, ids = gate_weights(tmp_path / "w"), llama(), prompt(LENGTH, 2)
+    hidden = hidden_states(model, ids)
+    scorer = {"name": "fast_kvzip", "weights": str(tmp_path / "w"), "n_sink": 3, "window_ratio": 0.1}
+
+    def rms(x, weight):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+
+    for index, (_, scores, _) in enumerate(said(model, scorer, ids)):
+        w = {name.split(".", 1)[1]: t.double() for name, t in tensors.items() if name.startswith(f"{index}.")}
+        for row in range(2):
+            for head in range(2):
+                for i in range(LENGTH):
+                    if i < 3 or i >= LENGTH - 4:
+                        assert scores[row, head, i] == 1
+                        continue
+                    h, total = hidden[index][row, i].double(), 0.0
+                    q = (w["q_proj.weight"] @ h + w["q_proj.bias"]).view(2, 2, 16)[head]
+                    k = rms((w["k_proj.weight"] @ h).view(2, 16)[head], w["k_norm.weight"])
+                    for member in range(2):
+                        one = rms(q[member], w["q_norm.weight"])
+                        own = float(one @ k) / 4 + float(w["b"][head, 0, member])
+                        total += 1 / (1 + sum(math.exp(float(one @ s) / 4 - own) for s in w["k_base"][head, 0]))
+                    assert scores[row, head, i].item() == pytest.approx(total / 2, rel=1e-3, abs=1e-4)
+
+
+def test_gates_in_one_file_of_modules(tmp_path):
+    tensors = gate_weights(tmp_path / "safe")
+    modules = [{n.split(".", 1)[1]: t for n, t in tensors.items() if n.startswith(f"{i}.")} for i in range(2)]
+    (tmp_path / "pt").mkdir()
+    torch.save({"module": modules}, tmp_path / "pt" / "gates.pt")
+    one, other = (FastKVzipScorer.from_pretrained(tmp_path / kind)._loaded[1] for kind in ("safe", "pt"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_qfilter_from_weights_needs_no_model(tmp_path):
+    filters = torch.randn(2, 2, 16)
+    save_file({"q_filters": filters}, tmp_path / "model.safetensors")
+    model = llama()
+    spy = Spy(QFilterScorer(weights=str(tmp_path)))
+    cache = MergingDynamicCache(config=model.config, scorer=spy, **WINDOW)
+    model(prompt(LENGTH), past_key_values=cache)
+    for index in range(2):
+        states, scores = spy.said[index]
+        torch.testing.assert_close(scores, -(states.keys * filters[index][None, :, None]).sum(-1))
+    save_file({"q_filters": torch.randn(2, 3, 16)}, tmp_path / "model.safetensors")
+    cache = MergingDynamicCache(config=model.config, scorer=QFilterScorer(weights=str(tmp_path)), **WINDOW)
+    with pytest.raises(ValueError, match="which do not fit layer 0"):
+        model(prompt(LENGTH), past_key_values=cache)
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    with pytest.raises(ValueError, match="weights is ''; give the folder"):
+        MergingConfig(scorer="kvzap")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no weights"):
+        KVzapScorer.from_pretrained(tmp_path / "empty")
+    with pytest.raises(ValueError, match="there is no folder nowhere"):
+        KVzapScorer.from_pretrained("nowhere")
+    wrong_ones = (({"heads": 3}, "scores 3 KV heads, but layer 0 has 2"), ({"layers": 1}, "no weights for layer 1"))
+    for wrong, message in wrong_ones:
+        kvzap_weights(tmp_path / "w", "linear", **wrong)
+        model = llama()
+        cache = MergingDynamicCache(model=model, scorer=KVzapScorer(str(tmp_path / "w")))
+        with pytest.raises(ValueError, match=message):
+            model(prompt(LENGTH), past_key_values=cache)
+
+
+def test_hidden_states_need_the_model_and_leave_no_hooks(tmp_path):
+    from merging_cache import merging_attention
+
+    kvzap_weights(tmp_path / "w", "linear")
+    model = llama()
+    attention = model.model.layers[0].self_attn
+    cache = MergingDynamicCache(model=model, scorer={"name": "kvzap", "weights": str(tmp_path / "w")}, **WINDOW)
+    assert len(attention._forward_pre_hooks) == 1
+    model(prompt(LENGTH), past_key_values=cache)
+    cache.release(model)
+    assert not attention._forward_pre_hooks
+    other = MergingDynamicCache(model=model, scorer="snapkv", **WINDOW)
+    assert not attention._forward_pre_hooks
+    other.release(model)
+    unlinked = MergingDynamicCache(config=model.config, scorer=KVzapScorer(str(tmp_path / "w")), **WINDOW)
+    with merging_attention(model), pytest.raises(ValueError, match="KVzapScorer must see the hidden states of Llama"):
+        model(prompt(LENGTH), past_key_values=unlinked)
+
+
+# Rotary embeddings ----------------------------------------------------------------------------------------------------
+
+ROTARY = ["llama", "qwen2", "qwen3", "phi3", "phi", "gpt_neox", "cohere", "glm", "stablelm", "gemma3_text", "gpt_oss"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ROTARY)
+def test_rotary_of_every_layout(family):
+    """One token at all positions has, before RoPE, the same query everywhere in the first layer."""
+    try:
+        model = tiny_model(family)
+    except ValueError:
+        model = tiny_model(family, attention="eager")
+    spy = Spy("expected_attention")
+    cache = MergingDynamicCache(model=model, scorer=spy, **WINDOW)
+    model(torch.full((1, LENGTH), 7), past_key_values=cache)
+    index, (states, _) = min(spy.said.items())
+    count, mean, scatter = states.statistics.queries
+    assert (count == LENGTH - 4).all()
+    if index == 0:  # later layers' inputs differ a little
+        spread = scatter.diagonal(dim1=-2, dim2=-1).sum(-1) / count.squeeze(-1)
+        assert (spread <= 1e-6 * mean.square().sum(-1)).all()
+    # rotating back what is rotated, and the average as the average
+    rotary, vectors = rotary_of(states.module), torch.randn(1, 3, 20, mean.shape[-1])
+    positions = torch.arange(5, 25)[None]
+    torch.testing.assert_close(rotary.unrotated(rotary.rotated(vectors, positions), positions), vectors)
+    same = vectors[:, :, :1]
+    average = rotary.rotated(same.expand(-1, -1, 20, -1), positions).mean(dim=2, keepdim=True)
+    torch.testing.assert_close(rotary.mean_rotated(same, 5, 20), average)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rotary_is_right_or_refused():
+    """Over all architectures: a first layer that is not refused gives one query for one token."""
+    right, refused = [], []
+    for family in causal_lm_types():
+        try:
+            model = tiny_model(family)
+            spy = Spy("expected_attention")
+            cache = MergingDynamicCache(model=model, scorer=spy, **WINDOW)
+        except Exception:
+            continue
+        ids = torch.full((1, LENGTH), 7)
+        try:
+            with torch.no_grad():
+                model(ids)
+        except Exception:
+            continue
+        try:
+            with torch.no_grad():
+                model(ids, past_key_values=cache)
+        except ValueError as error:
+            if "uses cache of its own" in str(error):
+                continue
+            assert "rotary position embedding of" in str(error) or "cannot be compared" in str(error), (family, error)
+            refused.append(family)
+            continue
+        if 0 in spy.said:
+            count, mean, scatter = spy.said[0][0].statistics.queries
+            spread = scatter.diagonal(dim1=-2, dim2=-1).sum(-1) / count.squeeze(-1)
+            assert (spread <= 1e-4 * mean.square().sum(-1) + 1e-12).all(), family
+        if spy.said:
+            right.append(family)
+    print(f"rotary undone: {len(right)}: {' '.join(right)}\nrefused: {' '.join(refused)}")
+    assert len(right) >= 60
+
+
+def test_changing_frequencies_are_refused():
+    model = llama()
+    model.model.rotary_emb.rope_type = "dynamic"
+    cache = MergingDynamicCache(model=model, scorer="expected_attention")
+    with pytest.raises(ValueError, match="rotary position embedding of LlamaAttention could not be made out"):
+        model(prompt(LENGTH), past_key_values=cache)
+
+
+def test_absolute_positions_are_refused():
+    model = tiny_model("gpt2")
+    cache = MergingDynamicCache(model=model, scorer="leverage")
+    with pytest.raises(ValueError, match="rotary position embedding of GPT2Attention could not be made out"):
+        model(prompt(LENGTH), past_key_values=cache)
+
+
+def test_the_probe_leaves_no_trace():
+    model, ids = llama(), prompt(LENGTH)
+    plain = MergingDynamicCache(config=model.config, compression_ratio=0)
+    expected = model(ids, past_key_values=plain).logits
+    cache = MergingDynamicCache(model=model, scorer="expected_attention", **WINDOW)
+    assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+    assert linked_model(model.model.layers[0].self_attn) is model
+    twin = copy.deepcopy(cache)
+    assert twin.layers[0]._observed.owner is cache.layers[0]._observed.owner
+    cache.release(model)
+
+
+# Statistics -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scorer", ["observed_attention", "expected_attention", "cap", "qfilter", {"name": "non_causal", "chunk_size": 16}]
+)
+@pytest.mark.parametrize("fold_at", ["prefill", "decode"])
+def test_statistics_are_bounded_and_follow_the_slots(scorer, fold_at):
+    model, ids = llama(), prompt(90, 2)
+    cache = MergingDynamicCache(model=model, scorer=scorer, max_tokens=20, fold_at=fold_at, **WINDOW)
+    for piece in ids.split(30, dim=1):
+        model(piece, past_key_values=cache)
+        for layer in cache.layers:
+            assert layer._observed.queries.shape[2] <= 15  # never all of them
+    model(prompt(1, 2), past_key_values=cache)
+    for layer in cache.layers:
+        statistics = layer._observed.statistics
+        if statistics.tokens is not None:
+            assert statistics.tokens.shape[2] == 20
+        assert all(tensor.shape[:2] == (2, 4) for tensor in statistics.queries)
+    cache.reorder_cache(torch.tensor([1, 1, 0]))
+    assert all(layer._observed.statistics.select(torch.tensor([2])) is not None for layer in cache.layers)
+
+
+def test_survivors_keep_their_statistics():
+    """After a fold each slot has what was observed for its own token."""
+    model, ids = llama(), prompt(50)
+    whole = MergingDynamicCache(model=model, scorer="observed_attention", fold_at="decode", **WINDOW)
+    model(ids, past_key_values=whole)
+    folded = MergingDynamicCache(model=model, scorer="observed_attention", **WINDOW)
+    model(ids, past_key_values=folded)
+    before, after = (cache.layers[0]._observed.statistics.tokens for cache in (whole, folded))
+    index = folded.layers[0].positions.unsqueeze(-1).expand(-1, -1, -1, 2)
+    torch.testing.assert_close(after, before.gather(2, index))
+
+
+def test_padding_leaves_no_statistics():
+    model, inputs = llama(), left_padded([40, 23])
+    together = MergingDynamicCache(model=model, scorer="expected_attention", max_tokens=20, **WINDOW)
+    greedy(model, inputs, new_tokens=2, past_key_values=together)
+    alone = MergingDynamicCache(model=model, scorer="expected_attention", max_tokens=20, **WINDOW)
+    greedy(model, inputs["input_ids"][1:, -23:], new_tokens=2, past_key_values=alone)
+    for mine, theirs in zip(together.layers, alone.layers, strict=True):
+        for one, other in zip(mine._observed.statistics.queries, theirs._observed.statistics.queries, strict=True):
+            torch.testing.assert_close(one[1:], other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "expected_attention", "n_future_positions": 0}, "n_future_positions is 0"),
+        ({"name": "critical_kv", "first_stage_ratio": 2}, "first_stage_ratio is 2; it must be at most 1"),
+        ({"name": "chunk_kv", "chunk_length": 0}, "chunk_length is 0"),
+        ({"name": "chunk_kv", "scorer": "snap"}, "unknown scorer 'snap'"),
+        ({"name": "leverage", "sketch_dimension": 0}, "sketch_dimension is 0"),
+        ({"name": "non_causal", "chunk_size": 0}, "chunk_size is 0"),
+        ({"name": "cap", "tau": -1}, "tau is -1"),
+    ],
+)
+def test_bad_options(spec, message):
+    with pytest.raises(ValueError, match=message):
+        MergingConfig(scorer=spec)
+
+
+def test_wrapped_scorers_go_through_json(tmp_path):
+    config = MergingConfig(scorer={"name": "critical_kv", "scorer": {"name": "chunk_kv", "scorer": "snapkv"}})
+    config.to_json_file(tmp_path / "merging.json")
+    assert MergingConfig.from_json_file(tmp_path / "merging.json") == config
+    built = MergingConfig(scorer=config.build().scorer)
+    assert MergingConfig.from_dict(built.to_dict()).build().scorer == config.build().scorer
+    assert built.build().scorer.needs_queries
