@@ -20,8 +20,9 @@ from .states import LayerStates, Slots, Statistics, Survivors
 class Fold:
     """A scorer, a budget and a merger applied in turn: `fold(states, num_slots)` gives the `Slots` to store.
 
-    Rows with padding are folded as if they stood alone. Where heads have different numbers of tokens or of slots, each
-    is scored and merged as if it were the only one. So scorers and mergers see plain rectangles.
+    Rows with padding, or that have seen different numbers of tokens, are folded as if they stood alone. Where heads have
+    different numbers of tokens or of slots, each is scored and merged as if it were the only one. So scorers and
+    mergers see plain rectangles.
 
     Args:
         scorer: gives every token of every KV head an importance.
@@ -64,7 +65,7 @@ class Fold:
 
     def observe(self, states: LayerStates, new: int) -> Statistics | None:
         """What the scorer remembers after a pass whose tokens are the last `new` of `states`; see `Scorer.observe`."""
-        if states.padding is None and (states.query_positions is None or (states.query_positions >= 0).all()):
+        if states.rows_agree:
             return self._observe_rows(states, new)
         first_new = states.num_tokens - new
         parts = []
@@ -78,8 +79,7 @@ class Fold:
         if states.valid is None:
             return self.scorer.observe(states, new)
         parts = [
-            (torch.tensor([row], device=tokens.device), slice(head, head + 1), tokens, self.scorer.observe(alone, new))
-            for row, head, tokens, alone in states.heads_apart()
+            (row, heads, tokens, self.scorer.observe(part, new)) for row, heads, tokens, part in states.rectangles()
         ]
         return _assemble_statistics(states, parts)
 
@@ -106,7 +106,7 @@ class Fold:
 
         Rows that have no more tokens than that keep them all.
         """
-        if states.padding is None and (states.query_positions is None or (states.query_positions >= 0).all()):
+        if states.rows_agree:
             return self._fold_rows(states, num_slots)
         if self.budget.ragged or states.valid is not None:
             return self._fold_padded_ragged(states, num_slots)
@@ -159,10 +159,9 @@ class Fold:
             return self._merge(states, survivors, scores)
         kept = survivors.mask(states.num_tokens)
         parts = []
-        for row, head, tokens, alone in states.heads_apart():
-            mine = Survivors(kept[row, head, tokens].nonzero().view(1, 1, -1))
-            folded = self._merge(alone, mine, scores[row : row + 1, head : head + 1, tokens])
-            parts.append((torch.tensor([row], device=tokens.device), slice(head, head + 1), folded))
+        for row, heads, tokens, part in states.rectangles(kept.sum(dim=-1)):
+            mine = Survivors.of_mask(kept[row, heads].gather(2, tokens.unsqueeze(0)))
+            parts.append((row, heads, self._merge(part, mine, scores[row, heads].gather(2, tokens.unsqueeze(0)))))
         return _assemble_slots(states, parts)
 
     def _merge(self, states: LayerStates, survivors: Survivors, scores: Tensor) -> Slots:
@@ -179,8 +178,8 @@ class Fold:
         if states.valid is None:
             return self._score_heads(states)
         scores = torch.full(states.keys.shape[:3], -torch.inf, device=states.keys.device)
-        for row, head, tokens, alone in states.heads_apart():
-            scores[row, head, tokens] = self._score_heads(alone)[0, 0]
+        for row, heads, tokens, part in states.rectangles():
+            scores[row, heads] = scores[row, heads].scatter(2, tokens.unsqueeze(0), self._score_heads(part))
         return scores
 
     def _score_heads(self, states: LayerStates) -> Tensor:
@@ -262,11 +261,12 @@ def _assemble_statistics(
         if part is None:
             return None
         every_head = torch.arange(num_heads, device=rows.device)[heads]
+        tokens = tokens.view(1, -1, tokens.shape[-1])  # of all these heads, or of each
         if part.tokens is not None:
             if tokens_of_all is None:
                 shape = (batch, num_heads, states.num_tokens, *part.tokens.shape[3:])
                 tokens_of_all = part.tokens.new_zeros(shape)
-            tokens_of_all[rows.view(-1, 1, 1), every_head.view(1, -1, 1), tokens.view(1, 1, -1)] = part.tokens
+            tokens_of_all[rows.view(-1, 1, 1), every_head.view(1, -1, 1), tokens] = part.tokens
         if not part.queries:
             continue
         group = part.queries[0].shape[1] // len(every_head)

@@ -86,7 +86,9 @@ def rotary_of(module: torch.nn.Module) -> Rotary:
     )
     embedding = _embedding(model, module)
     apply = from_model_file(module, "apply_rotary_pos_emb")
-    if embedding is None or apply is None or list(inspect.signature(apply).parameters)[2:4] != ["cos", "sin"]:
+    takes = [] if apply is None else list(inspect.signature(apply).parameters)
+    pairs = takes[2:4] == ["cos", "sin"]  # queries and keys at once, or one of them
+    if embedding is None or not (pairs or takes[1:3] == ["cos", "sin"]):
         raise refusal
     types = getattr(embedding, "rope_type", "default")
     if any(kind in CHANGING for kind in (types.values() if isinstance(types, dict) else [types])):
@@ -95,7 +97,7 @@ def rotary_of(module: torch.nn.Module) -> Rotary:
     options = _layer_type(embedding, module)
 
     def whole(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return apply(states, states, cos, sin)[0]
+        return apply(states, states, cos, sin)[0] if pairs else apply(states, cos, sin)
 
     def first_part(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         width = cos.shape[-1]
@@ -120,12 +122,11 @@ def rotary_of(module: torch.nn.Module) -> Rotary:
 
 def _embedding(model: torch.nn.Module | None, module: torch.nn.Module) -> Any:
     """The rotary module that serves an attention module: its own, or that of the innermost part that holds both."""
-    if getattr(module, "rotary_emb", None) is not None:
-        return module.rotary_emb
     found = None
-    for part in () if model is None else model.modules():
-        if getattr(part, "rotary_emb", None) is not None and any(inner is module for inner in part.modules()):
-            found = part.rotary_emb
+    for part in (module,) if model is None else (*model.modules(), module):
+        children = {name: child for name, child in part.named_children() if "Rotary" in type(child).__name__}
+        if children and any(inner is module for inner in part.modules()):
+            found = children.get("rotary_emb") or next(iter(children.values()))
     return found
 
 
@@ -148,6 +149,7 @@ def _probe(module: torch.nn.Module, positions: Tensor, cos_sin: tuple[Tensor, Te
         "position_ids": positions,
         "attention_mask": None,
         "past_key_values": None,
+        "shared_kv_states": {},
         "use_cache": False,
     }
     takes = inspect.signature(module.forward).parameters

@@ -122,7 +122,7 @@ class LayerStates:
 
     @property
     def seen(self) -> int:
-        """Tokens seen by the row that has seen most, padding not counted."""
+        """Tokens seen by every row, padding not counted (where rows differ, by the one that has seen most)."""
         return int(self.positions[..., -1].max()) + 1
 
     @property
@@ -160,37 +160,60 @@ class LayerStates:
             statistics=None if self.statistics is None else self.statistics.select(rows, tokens),
         )
 
+    @property
+    def rows_agree(self) -> bool:
+        """Whether no row has padding and all have seen equally many tokens, so that they can be folded as one."""
+        asked = self.query_positions is None or bool((self.query_positions >= 0).all())
+        last = self.positions[..., -1].amax(dim=1)
+        return self.padding is None and asked and bool((last == last[0]).all())
+
     def rows_alike(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Groups of rows with the same padding: their indices and those of their real tokens."""
-        padding = self.padding
+        """Groups of rows with the same padding and as many tokens seen: their indices and those of their real tokens."""
+        padding, last = self.padding, self.positions[..., -1].amax(dim=1, keepdim=True)
         if padding is None:
             padding = torch.zeros_like(self.positions[:, 0], dtype=torch.bool)
-        length = padding.shape[1]
+        pattern = [padding.long(), last]
         if self.query_positions is not None:
-            padding = torch.cat([padding, self.query_positions < 0], dim=1)
-        patterns, pattern_of_row = torch.unique(padding, dim=0, return_inverse=True)
-        for index, pattern in enumerate(patterns):
-            yield (pattern_of_row == index).nonzero().squeeze(1), (~pattern[:length]).nonzero().squeeze(1)
+            pattern.append((self.query_positions < 0).long())
+        patterns, pattern_of_row = torch.unique(torch.cat(pattern, dim=1), dim=0, return_inverse=True)
+        for index, one in enumerate(patterns):
+            yield (pattern_of_row == index).nonzero().squeeze(1), (one[: padding.shape[1]] == 0).nonzero().squeeze(1)
 
-    def heads_apart(self) -> Iterator[tuple[int, int, Tensor, "LayerStates"]]:
-        """Every KV head of every row with what it really stores, as a batch of one row with one head.
+    def rectangles(self, kept: Tensor | None = None) -> Iterator[tuple[Tensor, slice, Tensor, "LayerStates"]]:
+        """What is stored, in parts without gaps: each row if its heads store equally many tokens, else each head.
 
-        Yields `(row, head, tokens, states)`, `tokens` being the indices of its tokens here.
+        Args:
+            kept: `[B, H]`, a number in which the heads of a row have to agree, too.
+
+        Yields:
+            `(row, heads, tokens, states)`: `[1]`, a slice, and `[H, L]`, the indices of the tokens here of each head.
         """
-        every = torch.arange(self.num_tokens, device=self.keys.device)
-        heads = torch.arange(self.keys.shape[1]) if self.heads is None else self.heads
-        for row in range(self.keys.shape[0]):
-            for head in range(self.keys.shape[1]):
-                tokens = every if self.valid is None else self.valid[row, head].nonzero().squeeze(1)
-                yield row, head, tokens, self._head(row, head, tokens, heads[head : head + 1])
+        valid = torch.ones_like(self.positions, dtype=torch.bool) if self.valid is None else self.valid
+        counts = [
+            list(zip(*row)) for row in zip(valid.sum(-1).tolist(), (valid.sum(-1) if kept is None else kept).tolist())
+        ]
+        every = torch.arange(self.keys.shape[1], device=self.keys.device) if self.heads is None else self.heads
+        for row, lengths in enumerate(counts):
+            alike = len(set(lengths)) == 1
+            parts = [slice(None)] if alike else [slice(head, head + 1) for head in range(len(lengths))]
+            for heads in parts:
+                tokens = valid[row, heads].nonzero()[:, 1].view(len(lengths[heads]), -1)
+                here = torch.tensor([row], device=tokens.device)
+                yield here, heads, tokens, self._part(row, heads, tokens, None if alike else every[heads])
 
-    def _head(self, row: int, head: int, tokens: Tensor, heads: Tensor) -> "LayerStates":
+    def _part(self, row: int, heads: slice, tokens: Tensor, named: Tensor | None) -> "LayerStates":
         def take(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[row : row + 1, head : head + 1].index_select(2, tokens)
+            if tensor is None:
+                return None
+            index = tokens.view(1, *tokens.shape, *[1] * (tensor.dim() - 3))
+            return tensor[row : row + 1, heads].gather(2, index.expand(-1, -1, -1, *tensor.shape[3:]))
 
         def group(tensor: Tensor) -> Tensor:
             size = tensor.shape[1] // self.keys.shape[1]
-            return tensor[row : row + 1, head * size : (head + 1) * size]
+            return tensor[row : row + 1].unflatten(1, (-1, size))[:, heads].flatten(1, 2)
+
+        def of_row(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[row : row + 1]
 
         statistics = self.statistics
         if statistics is not None:
@@ -201,13 +224,14 @@ class LayerStates:
             values=take(self.values),
             positions=take(self.positions),
             log_mass=take(self.log_mass),
+            padding=None,
             valid=None,
             queries=None if self.queries is None else group(self.queries),
-            query_positions=None if self.query_positions is None else self.query_positions[row : row + 1],
-            hidden_states=None if self.hidden_states is None else self.hidden_states[row : row + 1],
+            query_positions=of_row(self.query_positions),
+            hidden_states=of_row(self.hidden_states),
             statistics=statistics,
-            heads=heads.to(self.keys.device),
-            num_heads=self.keys.shape[1] if self.num_heads is None else self.num_heads,
+            heads=self.heads if named is None else named,
+            num_heads=self.keys.shape[1] if named is not None and self.num_heads is None else self.num_heads,
         )
 
 
@@ -323,3 +347,9 @@ class Slots:
 def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:
     """`[B, H, L, D]` and indices `[B, H, K]` to `[B, H, K, D]`, a new tensor."""
     return states.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
+
+
+def top_tokens(scores: Tensor, count: int) -> Tensor:
+    """The ascending indices `[B, H, count]` of the highest scores `[B, H, L]`; of equal ones, the later tokens."""
+    from_the_end = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return (scores.shape[-1] - 1 - from_the_end).sort(dim=-1).values

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import reference
 from merging_cache import BUDGETS, LayerStates, Survivors
-from merging_cache.budgets.base import top_tokens
+from merging_cache.states import top_tokens
 from merging_cache.mergers import DropMerger, SimilarityMerger, routing
 
 pytestmark = pytest.mark.core

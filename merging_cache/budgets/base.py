@@ -39,9 +39,3 @@ class Budget(Stage, ABC):
             states: the layer's states, without padding.
             num_slots: slots per head that the layer may keep on average.
         """
-
-
-def top_tokens(scores: Tensor, count: int) -> Tensor:
-    """The ascending indices `[B, H, count]` of the highest scores `[B, H, L]`; of equal ones, the later tokens."""
-    from_the_end = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    return (scores.shape[-1] - 1 - from_the_end).sort(dim=-1).values

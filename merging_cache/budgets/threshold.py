@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..stage import option
-from ..states import LayerStates, Survivors
-from .base import Budget, top_tokens
+from ..states import LayerStates, Survivors, top_tokens
+from .base import Budget
 
 
 @dataclass

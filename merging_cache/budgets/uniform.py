@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..states import LayerStates, Survivors
-from .base import Budget, top_tokens
+from ..states import LayerStates, Survivors, top_tokens
+from .base import Budget
 
 
 @dataclass

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..budgets.base import top_tokens
 from ..stage import option
-from ..states import LayerStates
+from ..states import LayerStates, top_tokens
 from .wrapper import WrappingScorer
 
 TILE = 1 << 22  # elements of projected values held at a time: 16 MiB in fp32

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import gelu, linear
 
 from ..states import LayerStates
+from ..weights import load_weights
 from .once import OnceScorer
-from .weights import load_weights
 
 
 @dataclass

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..states import LayerStates, Statistics
+from ..weights import load_weights
 from .base import Scorer
-from .weights import load_weights
 
 
 @dataclass

@@ -25,5 +25,6 @@ class RandomScorer(Scorer):
         if self.seed is None:
             return torch.rand(batch, heads, length, device=states.keys.device)
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * ((states.layer_idx or 0) + 1))
-        one_row = torch.rand(heads, length, generator=generator)
+        one_row = torch.rand(states.num_heads or heads, length, generator=generator)
+        one_row = one_row if states.heads is None else one_row[states.heads.cpu()]
         return one_row.to(states.keys.device).expand(batch, heads, length)
