@@ -20,8 +20,8 @@ from .states import LayerStates, Slots, Statistics, Survivors
 class Fold:
     """A scorer, a budget and a merger applied in turn: `fold(states, num_slots)` gives the `Slots` to store.
 
-    Rows with padding, or that have seen different numbers of tokens, are folded as if they stood alone. Where heads have
-    different numbers of tokens or of slots, each is scored and merged as if it were the only one. So scorers and
+    Rows with padding, or that have seen different numbers of tokens, are folded as if they stood alone. Where heads
+    have different numbers of tokens or of slots, each is scored and merged as if it were the only one. So scorers and
     mergers see plain rectangles.
 
     Args:

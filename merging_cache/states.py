@@ -168,7 +168,7 @@ class LayerStates:
         return self.padding is None and asked and bool((last == last[0]).all())
 
     def rows_alike(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Groups of rows with the same padding and as many tokens seen: their indices and those of their real tokens."""
+        """Groups of rows with the same padding and as many tokens seen: their indices, and those of the real tokens."""
         padding, last = self.padding, self.positions[..., -1].amax(dim=1, keepdim=True)
         if padding is None:
             padding = torch.zeros_like(self.positions[:, 0], dtype=torch.bool)
@@ -189,15 +189,13 @@ class LayerStates:
             `(row, heads, tokens, states)`: `[1]`, a slice, and `[H, L]`, the indices of the tokens here of each head.
         """
         valid = torch.ones_like(self.positions, dtype=torch.bool) if self.valid is None else self.valid
-        counts = [
-            list(zip(*row)) for row in zip(valid.sum(-1).tolist(), (valid.sum(-1) if kept is None else kept).tolist())
-        ]
+        counts = valid.sum(-1, keepdim=True) if kept is None else torch.stack([valid.sum(-1), kept], dim=-1)
         every = torch.arange(self.keys.shape[1], device=self.keys.device) if self.heads is None else self.heads
-        for row, lengths in enumerate(counts):
-            alike = len(set(lengths)) == 1
-            parts = [slice(None)] if alike else [slice(head, head + 1) for head in range(len(lengths))]
+        alike_rows = (counts == counts[:, :1]).flatten(1).all(dim=1).tolist()
+        for row, alike in enumerate(alike_rows):
+            parts = [slice(None)] if alike else [slice(head, head + 1) for head in range(len(every))]
             for heads in parts:
-                tokens = valid[row, heads].nonzero()[:, 1].view(len(lengths[heads]), -1)
+                tokens = valid[row, heads].nonzero()[:, 1].view(len(every[heads]), -1)
                 here = torch.tensor([row], device=tokens.device)
                 yield here, heads, tokens, self._part(row, heads, tokens, None if alike else every[heads])
 

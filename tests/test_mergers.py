@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 import reference
 from merging_cache import BUDGETS, LayerStates, Survivors
-from merging_cache.states import top_tokens
 from merging_cache.mergers import DropMerger, SimilarityMerger, routing
+from merging_cache.states import top_tokens
 
 pytestmark = pytest.mark.core
 

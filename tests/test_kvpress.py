@@ -1,0 +1,97 @@
+"""Differential test: the survivors that our scorers choose are those that an installed kvpress chooses."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from merging_cache import MergingDynamicCache
+from models import VOCABULARY, llama
+
+kvpress = pytest.importorskip("kvpress", reason="kvpress is not installed")
+
+from merging_cache.scorers import KVPressScorer  # noqa: E402
+
+LENGTH = 90
+# how many tokens are kept: numbers at which lagkv, whose scores are ranks in blocks of 16, has no ties to break
+KEPT = [26, 46, 66]
+# our scorer with its options, and kvpress's press with its own where they differ
+PAIRS = {
+    "knorm": ("KnormPress", {}),
+    "keydiff": ("KeyDiffPress", {}),
+    "snapkv": ("SnapKVPress", {"window_size": 16, "kernel_size": 5}),
+    "pyramidkv": ("SnapKVPress", {"window_size": 16}),
+    "tova": ("TOVAPress", {}),
+    "expected_attention": ("ExpectedAttentionPress", {"n_future_positions": 64, "n_sink": 4}),
+    "lagkv": ("LagKVPress", {"n_sink": 4, "lag_size": 16}),
+    "streaming_llm": ("StreamingLLMPress", {"n_sink": 4}),
+    "observed_attention": ("ObservedAttentionPress", {}),
+    "cur": ("CURPress", {"num_sinks": 4}),
+    "non_causal": ("NonCausalAttnPress", {"chunk_size": 30}),
+    "cap": ("CapPress", {"n_future_positions": 64}),
+    "critical_kv": ("CriticalKVPress", {"first_stage_ratio": 0.5}),
+}
+
+
+def make_press(name, ratio):
+    press, options = PAIRS[name]
+    if name == "critical_kv":
+        return kvpress.CriticalKVPress(kvpress.KnormPress(compression_ratio=ratio), **options)
+    return getattr(kvpress, press)(compression_ratio=ratio, **options)
+
+
+def make_spec(name):
+    return {"name": name, **PAIRS[name][1]} | ({"scorer": "knorm"} if name == "critical_kv" else {})
+
+
+def no_token_twice():
+    """Two rows of `LENGTH` ids: in the first layer the keys of equal tokens tie."""
+    return torch.stack([torch.randperm(VOCABULARY - 5)[:LENGTH] + 5 for _ in range(2)])
+
+
+@torch.no_grad()
+def kept_by_press(model, press, ids):
+    """For each layer the ascending positions `[B, H, K]` that a press leaves of a `DynamicCache`."""
+    cache, full = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with press(model):
+        # hooks of kvpress 0.5 look for an argument that transformers no longer passes by itself
+        model(ids, past_key_values=cache, cache_position=torch.arange(ids.shape[1]))
+    model(ids, past_key_values=full)
+    kept = []
+    for mine, whole in zip(cache.layers, full.layers, strict=True):
+        same = (mine.keys.unsqueeze(3) == whole.keys.unsqueeze(2)).all(dim=-1)  # [B, H, K, L]
+        assert (same.sum(dim=-1) == 1).all()
+        kept.append(same.int().argmax(dim=-1).sort(dim=-1).values)
+    return kept
+
+
+@torch.no_grad()
+def kept_by_cache(model, scorer, ids, ratio):
+    options = {"sink_tokens": 0, "recent_tokens": 0, "merger": "drop", "compression_ratio": ratio, "budget": "uniform"}
+    cache = MergingDynamicCache(model=model, scorer=scorer, **options)
+    model(ids, past_key_values=cache)
+    cache.release(model)
+    return [layer.positions for layer in cache.layers]
+
+
+@pytest.mark.parametrize("ratio", [1 - (kept + 0.5) / LENGTH for kept in KEPT], ids=KEPT)
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_same_tokens_survive(name, ratio):
+    model, ids = llama("eager"), no_token_twice()
+    expected = kept_by_press(model, make_press(name, ratio), ids)
+    kept = kept_by_cache(model, make_spec(name), ids, ratio)
+    for mine, other in zip(kept, expected, strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("name", sorted(set(PAIRS) - {"pyramidkv", "observed_attention"}))
+def test_a_press_is_a_scorer(name):
+    model, ids, ratio = llama(), no_token_twice(), 1 - 46.5 / LENGTH
+    expected = kept_by_press(model, make_press(name, ratio), ids)
+    kept = kept_by_cache(llama(), KVPressScorer(make_press(name, ratio)), ids, ratio)
+    for mine, other in zip(kept, expected, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_what_is_no_press():
+    with pytest.raises(TypeError, match="press is 'snapkv'; give a ScorerPress of kvpress"):
+        KVPressScorer("snapkv")
