@@ -132,7 +132,7 @@ class Pass:
         transformers makes one mask for all layers, by the number of keys of the first. What it says of the newest
         keys is taken from there; slots are older than any query, so each query sees every slot there is.
         """
-        if self.bias is None and (not isinstance(attention_mask, Tensor) or attention_mask.shape[-1] == length):
+        if self.bias is None and (attention_mask is None or attention_mask.shape[-1] == length):
             return attention_mask
         batch, query_heads, num_queries = query.shape[:3]
         recent = _recent_mask(attention_mask, query, length - self.num_slots)
@@ -337,13 +337,14 @@ class ModelLink:
             link = _links.get(model)
             if link is not None and decoder_config(model)._attn_implementation.startswith(PREFIX):
                 return link
-            configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
-            configs = {id(model.config): model.config} | configs
+            parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+            configs = [part.config for part in parts if part._can_set_attn_implementation()]
+            configs = [config for config in configs if config._attn_implementation in ALL_MASK_ATTENTION_FUNCTIONS]
+            configs = {id(config): config for config in [*configs, decoder_config(model)]}
             before = [(config, config._attn_implementation) for config in configs.values()]
-            name = register(decoder_config(model)._attn_implementation)
-            model.set_attn_implementation(name)
-            if decoder_config(model)._attn_implementation != name:
-                raise ValueError(f"{type(model).__name__} refused the attention implementation {name!r}")
+            names = {one: register(one) for one in {implementation for _, implementation in before}}
+            for config, implementation in before:
+                set_implementation(config, names[implementation])
             link = _links[model] = cls(weakref.ref(model), before)
             return link
 
@@ -361,7 +362,7 @@ class ModelLink:
             if self.holders or self.blocks or model is None or _links.get(model) is not self:
                 return
             for config, implementation in self.before:
-                config._attn_implementation = implementation
+                set_implementation(config, implementation)
             for hook in self.hidden_state_hooks:
                 hook.remove()
             del _links[model]
@@ -375,6 +376,14 @@ class ModelLink:
             if getattr(module, "layer_idx", None) is not None and "Attention" in type(module).__name__:
                 hook = module.register_forward_pre_hook(_keep_hidden_states, with_kwargs=True)
                 self.hidden_state_hooks.append(hook)
+
+
+def set_implementation(config: PreTrainedConfig, name: str) -> None:
+    """Have a config, but none inside it, name its attention implementation.
+
+    `model.set_attn_implementation` would take every name with "flash" in it for kernels to load.
+    """
+    config._attn_implementation = {"": name}
 
 
 def decoder_config(model: PreTrainedModel) -> PreTrainedConfig:

@@ -80,7 +80,10 @@ class MergingLayer(DynamicLayer):
 
     @property
     def keys(self) -> Tensor | None:
-        """`[B, H, S, D]` stored keys, slots then tail, in full precision; `None` before the first update."""
+        """`[B, H, S, D]` stored keys, slots then tail, in full precision; `None` before the first update.
+
+        Where heads differ and this one has no slot (`positions` is -1), what stands here means nothing.
+        """
         return self._storage.read()[0] if self.num_stored else None
 
     @property
@@ -115,6 +118,11 @@ class MergingLayer(DynamicLayer):
         if self._layout is not None:
             return self._layout.lengths
         return torch.full(self._shape, self.num_slots, device=self.device)
+
+    @property
+    def stored_per_head(self) -> Tensor | None:
+        """`[B, H]`, how many tokens each head stores, slots and tail; `None` before the first update."""
+        return None if not self.num_stored else self.slots_per_head + (self.num_stored - self.num_slots)
 
     @property
     def positions(self) -> Tensor | None:

@@ -37,16 +37,15 @@ class RaggedLayout:
         """`[B, H, S]` bool, True where there is a slot; each head's are the last."""
         return torch.arange(self.longest, device=self.lengths.device) >= self.longest - self.lengths.unsqueeze(-1)
 
-    def pad(self, flat: Tensor, fill: float = 0) -> Tensor:
-        """`[N, ...]` to `[B, H, S, ...]`, with `fill` where a head has no slot."""
+    @property
+    def index(self) -> Tensor:
+        """`[B, H, S]`, where each head's slots lie; before its first slot it points at another head's, or the first."""
         column = torch.arange(self.longest, device=self.lengths.device)
-        # before its first slot a head reads another's, or the first of all
-        index = (column + (self.starts + self.lengths - self.longest).unsqueeze(-1)).clamp_min_(0)
-        if not len(flat):
-            return flat.new_full((*index.shape, *flat.shape[1:]), fill)
-        padded = flat.index_select(0, index.flatten()).view(*index.shape, *flat.shape[1:])
-        absent = ~self.valid.view(*index.shape, *[1] * (flat.dim() - 1))
-        return padded.masked_fill_(absent, fill)
+        return (column + (self.starts + self.lengths - self.longest).unsqueeze(-1)).clamp_min_(0)
+
+    def pad(self, flat: Tensor, fill: float) -> Tensor:
+        """`[N]` to `[B, H, S]`, with `fill` where a head has no slot."""
+        return flat[self.index].masked_fill_(~self.valid, fill)
 
     def select_rows(self, indices: Tensor) -> "RaggedLayout":
         """Make row `indices[i]` of the batch row i."""
@@ -84,12 +83,13 @@ class RaggedStorage:
         return self.layout.longest + self.tail.length
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, H, length, D]`, zero where a head has no slot."""
-        slots = [self.layout.pad(flat[0, 0]) for flat in self.slots.read()]
-        if not self.tail.length:
-            return slots[0], slots[1]
-        tail = self.tail.read()
-        return torch.cat([slots[0], tail[0]], dim=2), torch.cat([slots[1], tail[1]], dim=2)
+        """Keys and values `[B, H, length, D]`; where a head has no slot, those of another, which masks must hide."""
+        index = self.layout.index
+        flat = index.flatten()
+        slots = [states[0, 0].index_select(0, flat).view(*index.shape, -1) for states in self.slots.read()]
+        if self.tail.length:
+            slots = [torch.cat(parts, dim=2) for parts in zip(slots, self.tail.read(), strict=True)]
+        return slots[0], slots[1]
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store the keys and values of new tokens."""

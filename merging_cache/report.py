@@ -19,7 +19,7 @@ class LayerReport:
         layer: the layer's index, or `"all"`.
         kind: `"folding"`, or for layers that stay transformers' own the name of their class.
         tokens_seen: tokens of every row, padding included.
-        slots: keys stored per row and head, the tail included.
+        slots: keys stored per row and head, the tail included: the mean, rounded, where heads have different numbers.
         tokens_merged, tokens_dropped: evicted tokens that were folded into a survivor, and that were not: the mean over
             rows and heads.
         bytes_now: bytes held, positions and scales included.
@@ -91,7 +91,7 @@ def report_layer(index: int, layer: Any) -> LayerReport:
             layer=index,
             kind="folding",
             tokens_seen=layer.seen,
-            slots=layer.num_stored,
+            slots=round(mean_count(layer.stored_per_head)),
             tokens_merged=mean_count(layer.num_merged),
             tokens_dropped=mean_count(layer.num_dropped),
             bytes_now=layer.nbytes,

@@ -359,3 +359,62 @@ def test_two_threads_with_two_caches_on_one_model():
         thread.join()
     for seed in (1, 2):
         assert torch.equal(outputs[seed].sequences, expected[seed].sequences)
+
+
+# Other implementations ------------------------------------------------------------------------------------------------
+
+
+def flash_by_definition(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """What flash attention computes: causal from the bottom right, a 2D mask of padding or none, KV heads shared."""
+    assert module.config._attn_implementation == "flash_by_definition"  # kernels are loaded by the name in the config
+    length, num_queries = key.shape[2], query.shape[2]
+    seen = torch.ones(num_queries, length, dtype=torch.bool).tril(length - num_queries)[None, None]
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, None, None, -length:].bool()
+        seen = seen | torch.eye(num_queries, length, dtype=torch.bool).roll(length - num_queries, 1)  # padding's own
+    groups = query.shape[1] // key.shape[1]
+    logits = query @ key.repeat_interleave(groups, dim=1).mT * scaling
+    weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+    return (weights @ value.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture
+def flash():
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import flash_attention_mask
+
+    AttentionInterface.register("flash_by_definition", flash_by_definition)
+    AttentionMaskInterface.register("flash_by_definition", flash_attention_mask)
+    return "flash_by_definition"
+
+
+@pytest.fixture
+def flex():
+    with torch.compiler.set_stance("force_eager"):  # compiling it takes a minute on a CPU
+        yield "flex_attention"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("inputs", [prompt(40), left_padded([40, 22])], ids=["plain", "padded"])
+@pytest.mark.parametrize("budget", ["uniform", "adakv", "pyramid"])
+@pytest.mark.parametrize("implementation", ["flash", "flex"])
+def test_other_implementations_give_what_sdpa_gives(implementation, budget, inputs, request):
+    model = llama()
+    options = {"scorer": "snapkv", "budget": budget, "max_tokens": 16}
+    reference = linked(model, **options)
+    expected = greedy(model, inputs, past_key_values=reference)
+    reference.release(model)
+    implementation = request.getfixturevalue(implementation)
+    model.config._attn_implementation = implementation  # set_attn_implementation looks for kernels of this name
+    cache = linked(model, **options)
+    assert model.config._attn_implementation == f"merging_{implementation}"
+    output = greedy(model, inputs, past_key_values=cache)
+    for mine, theirs in zip(cache.layers, reference.layers, strict=True):
+        assert torch.equal(mine.positions, theirs.positions)
+    torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
+    # and for another cache what it gave before
+    linked_output = greedy(model, inputs, past_key_values=DynamicCache(config=model.config)).logits
+    cache.release(model)
+    assert model.config._attn_implementation == implementation
+    plain_output = greedy(model, inputs, past_key_values=DynamicCache(config=model.config)).logits
+    assert torch.equal(torch.stack(linked_output), torch.stack(plain_output))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from merging_cache import MergingDynamicCache
-from models import CACHES, greedy, llama, prompt, tiny_model
+from models import CACHES, WINDOW, greedy, llama, prompt, tiny_model
 
 pytestmark = pytest.mark.core
 
@@ -64,3 +64,15 @@ def test_linear_layers_are_counted():
     linear = next(layer for layer in cache.layers if "Linear" in type(layer).__name__)
     held = [*linear.conv_states.values(), *linear.recurrent_states.values()]
     assert rows["LinearAttentionLayer"].bytes_now == sum(t.nbytes for t in held if isinstance(t, torch.Tensor))
+
+
+def test_slots_are_the_mean_over_heads_of_different_lengths():
+    model = llama()
+    budget = {"name": "adakv", "safeguard": 0.1}
+    cache = MergingDynamicCache(model=model, scorer="snapkv", budget=budget, **WINDOW)
+    model(prompt(64), past_key_values=cache)
+    model(prompt(1), past_key_values=cache)
+    counts = [(layer.positions >= 0).sum(dim=-1) for layer in cache.layers]
+    assert any(len(count.unique()) > 1 for count in counts)
+    assert [row.slots for row in cache.report().layers] == [33, 33]
+    assert all(torch.equal(layer.stored_per_head, count) for layer, count in zip(cache.layers, counts, strict=True))

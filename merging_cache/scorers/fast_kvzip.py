@@ -37,7 +37,7 @@ class FastKVzipScorer(HiddenStateScorer):
     def _prefix(self, layer_idx: int) -> str:
         return f"{layer_idx}."
 
-    def _hidden_score(self, hidden_states: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def predict(self, hidden_states: Tensor, weights: dict[str, Tensor]) -> Tensor:
         dim, heads = weights["q_norm.weight"].shape[0], weights["b"].shape[0]
         queries = linear(hidden_states, weights["q_proj.weight"], weights["q_proj.bias"])
         keys = linear(hidden_states, weights["k_proj.weight"])

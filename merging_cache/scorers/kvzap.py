@@ -54,12 +54,12 @@ class HiddenStateScorer(OnceScorer):
         """What the names of a layer's weights begin with."""
 
     @abstractmethod
-    def _hidden_score(self, hidden_states: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def predict(self, hidden_states: Tensor, weights: dict[str, Tensor]) -> Tensor:
         """`[B, q, hidden]` in fp32 to `[B, H, q]` for all KV heads of the layer."""
 
     def score_new(self, states: LayerStates, new: int) -> Tensor:
         hidden = states.hidden_states.float()
-        scores = self._hidden_score(hidden, self._of_layer(states.layer_idx, hidden))
+        scores = self.predict(hidden, self._of_layer(states.layer_idx, hidden))
         if states.heads is not None:
             scores = scores[:, states.heads]
         if scores.shape[1] != states.keys.shape[1]:
@@ -85,7 +85,7 @@ class KVzapScorer(HiddenStateScorer):
     def _prefix(self, layer_idx: int) -> str:
         return f"layers.{layer_idx}."
 
-    def _hidden_score(self, hidden_states: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    def predict(self, hidden_states: Tensor, weights: dict[str, Tensor]) -> Tensor:
         if "weight" in weights:
             scores = linear(hidden_states, weights["weight"], weights["bias"])
         else:
