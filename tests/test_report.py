@@ -68,8 +68,8 @@ def test_linear_layers_are_counted():
 
 def test_slots_are_the_mean_over_heads_of_different_lengths():
     model = llama()
-    budget = {"name": "adakv", "safeguard": 0.1}
-    cache = MergingDynamicCache(model=model, scorer="snapkv", budget=budget, **WINDOW)
+    scorer, budget = {"name": "snapkv", "window_size": 8}, {"name": "adakv", "safeguard": 0.1}
+    cache = MergingDynamicCache(model=model, scorer=scorer, budget=budget, **WINDOW)
     model(prompt(64), past_key_values=cache)
     model(prompt(1), past_key_values=cache)
     counts = [(layer.positions >= 0).sum(dim=-1) for layer in cache.layers]
