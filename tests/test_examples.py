@@ -119,3 +119,44 @@ def test_the_readme_names_every_option():
         f'"{n}"' for n in (*SCORERS, *BUDGETS, *MERGERS)
     ]:
         assert name in readme, name
+
+
+def test_surrogates_are_trained_and_compared(needle, tmp_path, monkeypatch, capsys):
+    """At the smallest size: what is saved loads, and the table has a row for each scorer."""
+    import compare_scorers
+    from train_surrogates import train_surrogates
+
+    def quickly(model, tokenizer, folder, words, seed):
+        return train_surrogates(model, tokenizer, folder, contexts=2, words=200, steps=2, seed=seed)
+
+    monkeypatch.setattr(compare_scorers, "train_surrogates", quickly)
+    command = "compare_scorers.py --contexts 1 --words 200 --ratios 0.5 --scorers kvzap fast_kvzip keydiff --output"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "result.json")])
+    compare_scorers.main()
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[0].startswith("6 questions about 1 contexts of 200 words or more")
+    assert lines[2] == "| scorer | drop 50% | similarity 50% |"
+    assert {line.split("|")[1].strip(" `") for line in lines[4:]} == {"kvzap", "fast_kvzip", "keydiff", "mean"}
+    result = json.loads((tmp_path / "result.json").read_text())
+    means = [sum(scores) / len(scores) for scores in result["keydiff drop 50%"].values()]
+    row = next(line for line in lines if "keydiff" in line)
+    assert row.split("|")[2].strip() == f"{sum(means) / len(means):.2f}"
+
+
+def test_kvzap_is_the_least_squares_solution():
+    from train_surrogates import fit_kvzap
+
+    hidden, true = torch.randn(500, 8), torch.nn.Linear(8, 3)
+    weights = fit_kvzap(hidden, true(hidden).detach().exp())
+    torch.testing.assert_close(weights["weight"], true.weight.detach(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(weights["bias"], true.bias.detach(), rtol=0.02, atol=0.02)
+
+
+def test_the_benchmark_compares_as_many_slots(monkeypatch):
+    import benchmark
+
+    monkeypatch.setattr(benchmark, "TOKENS", 200)
+    row = benchmark.ragged_against_uniform(benchmark.build_model("cpu"), ratio=0.5, spread=8.0, tokens=1)
+    assert row.slots == f"{2 * 8 * 100:,}"
+    assert row.longest_head > 1.2
+    assert 0.98 < row.nbytes < 1.05

@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import DynamicCache
 
 import reference
 from architectures import causal_lm_types, tiny_model
@@ -311,13 +313,41 @@ def test_fast_kvzip(tmp_path):
 
 
 def test_gates_in_one_file_of_modules(tmp_path):
+    """As Fast KVzip publishes them: a pickle of modules, with numpy arrays about their training."""
     tensors = gate_weights(tmp_path / "safe")
     modules = [{n.split(".", 1)[1]: t for n, t in tensors.items() if n.startswith(f"{i}.")} for i in range(2)]
-    (tmp_path / "pt").mkdir()
-    torch.save({"module": modules}, tmp_path / "pt" / "gates.pt")
-    one, other = (FastKVzipScorer.from_pretrained(tmp_path / kind)._loaded[1] for kind in ("safe", "pt"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    folder = tmp_path / "pt"
+    folder.mkdir()
+    losses = [np.linspace(1, 0, 5), np.linspace(1, 0, 5, dtype=np.float32)]
+    torch.save({"module": modules, "losses": losses}, folder / "gates.pt")
+    for path in (folder, folder / "gates.pt"):
+        one, other = (FastKVzipScorer.from_pretrained(kind)._loaded[1] for kind in (tmp_path / "safe", path))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    torch.save({"module": modules}, folder / "others.pt")
+    with pytest.raises(ValueError, match=r"holds \['gates.pt', 'others.pt'\]; name one of these files"):
+        FastKVzipScorer.from_pretrained(folder)
+
+
+def test_weights_from_the_hub(tmp_path, monkeypatch):
+    """What is asked of the hub for each way to name weights there."""
+    from merging_cache import weights
+
+    gate_weights(tmp_path / "inside")
+    asked = []
+
+    def download(repository, allow_patterns):
+        asked.append((repository, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(weights, "snapshot_download", download)
+    for name in ("owner/gates/inside", "owner/gates/inside/gates.safetensors"):
+        assert FastKVzipScorer.from_pretrained(name)._loaded[1]
+    folder = ["inside/*.safetensors", "inside/*.pt", "inside/config.json"]
+    assert asked == [("owner/gates", folder), ("owner/gates", ["inside/gates.safetensors"])]
+    (tmp_path / "inside" / "gates.safetensors").rename(tmp_path / "gates.safetensors")
+    assert FastKVzipScorer.from_pretrained("owner/gates")._loaded[1]
+    assert asked[-1] == ("owner/gates", ["*.safetensors", "*.pt", "config.json"])
 
 
 def test_qfilter_from_weights_needs_no_model(tmp_path):
@@ -342,8 +372,10 @@ def test_weights_that_do_not_fit(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty holds no weights"):
         KVzapScorer.from_pretrained(tmp_path / "empty")
-    with pytest.raises(ValueError, match="there is no folder nowhere"):
+    with pytest.raises(ValueError, match="there is no folder nowhere, and a name on the hub is owner/name"):
         KVzapScorer.from_pretrained("nowhere")
+    with pytest.raises(ValueError, match="there is no folder owner/name, and the hub did not give it"):
+        KVzapScorer.from_pretrained("owner/name")
     wrong_ones = (({"heads": 3}, "scores 3 KV heads, but layer 0 has 2"), ({"layers": 1}, "no weights for layer 1"))
     for wrong, message in wrong_ones:
         kvzap_weights(tmp_path / "w", "linear", **wrong)
@@ -417,7 +449,7 @@ def test_rotary_is_right_or_refused():
         ids = torch.full((1, LENGTH), 7)
         try:
             with torch.no_grad():
-                model(ids)
+                model(ids, past_key_values=DynamicCache(config=model.config))
         except Exception:
             continue
         try:
