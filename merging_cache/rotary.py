@@ -99,6 +99,9 @@ def rotary_of(module: torch.nn.Module) -> Rotary:
     def whole(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return apply(states, states, cos, sin)[0] if pairs else apply(states, cos, sin)
 
+    def not_at_all(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return states  # some layers of some models leave positions to the others
+
     def first_part(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         width = cos.shape[-1]
         return torch.cat([whole(states[..., :width], cos, sin), states[..., width:]], dim=-1)
@@ -108,7 +111,7 @@ def rotary_of(module: torch.nn.Module) -> Rotary:
         queries = _probe(module, positions, Rotary(embedding, options, whole).cos_sin(positions))
     except Exception as error:
         raise refusal from error
-    for way in (whole, first_part):
+    for way in (not_at_all, whole, first_part):
         rotary = Rotary(embedding, options, way)
         try:
             unrotated = rotary.unrotated(queries, positions)

@@ -435,6 +435,13 @@ def test_rotary_of_every_layout(family):
     torch.testing.assert_close(rotary.mean_rotated(same, 5, 20), average)
 
 
+# refused: positions that are learned, or none; complex rotations (Llama 4); queries mixed along the sequence (Zaya)
+NOT_ROTARY = """bart beam bert bert-generation biogpt blenderbot blenderbot-small camembert ctrl data2vec-text electra ernie
+    gpt-sw3 gpt2 gpt_bigcode jamba marian mbart opt pegasus plbart roberta roberta-prelayernorm whisper xlm-roberta
+    xlm-roberta-xl zamba2"""
+OTHER_ROTARY = "llama4 llama4_text zaya"
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_rotary_is_right_or_refused():
     """Over all architectures: a first layer that is not refused gives one query for one token."""
@@ -468,7 +475,8 @@ def test_rotary_is_right_or_refused():
         if spy.said:
             right.append(family)
     print(f"rotary undone: {len(right)}: {' '.join(right)}\nrefused: {' '.join(refused)}")
-    assert len(right) >= 60
+    assert set(refused) <= {*NOT_ROTARY.split(), *OTHER_ROTARY.split()}
+    assert len(right) >= 45  # of the oldest transformers; twice as many of the newest
 
 
 def test_changing_frequencies_are_refused():
