@@ -1,7 +1,7 @@
 """Every scorer with every budget and merger, dense and quantized: swapping one is a change of config alone."""
 
+import functools
 import warnings
-from functools import cache
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def weights(tmp_path_factory):
     return folder
 
 
-@cache
+@functools.cache
 def model():
     return llama()
 
@@ -77,28 +77,41 @@ def turns(caches, inputs):
     return torch.stack(together), torch.stack(alone)
 
 
+def new_cache(quantized, **how):
+    if quantized:
+        return MergingQuantizedCache("fp8", model=model(), **{"residual_length": 8} | how)
+    return MergingDynamicCache(model=model(), **how)
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "fp8"])
 @pytest.mark.parametrize("merger", sorted(MERGERS))
 @pytest.mark.parametrize("budget", sorted(BUDGETS))
 @pytest.mark.parametrize("scorer", sorted(SCORERS))
-def test_padded_turns_equal_rows_alone_dense_and_quantized(scorer, budget, merger, weights):
+def test_padded_turns_equal_rows_alone(scorer, budget, merger, quantized, weights):
     how, inputs = options(scorer, budget, merger, weights), left_padded(LENGTHS)
-    dense = [MergingDynamicCache(model=model(), **how) for _ in range(3)]
-    together, alone = turns((dense[0], dense[1:]), inputs)
+    caches = [new_cache(quantized, **how) for _ in range(3)]
+    together, alone = turns((caches[0], caches[1:]), inputs)
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-2)
-    assert any(int(layer.num_slots) < layer.seen for layer in dense[0].layers)
-    # quantized storage keeps the very same tokens
-    quantized = MergingQuantizedCache("fp8", model=model(), residual_length=8, **how)
-    fresh = MergingDynamicCache(model=model(), **how)
+    assert any(int(layer.num_slots) < layer.seen for layer in caches[0].layers)
+    for cache in caches:
+        cache.release(model())
+
+
+@pytest.mark.parametrize("merger", sorted(MERGERS))
+@pytest.mark.parametrize("budget", sorted(BUDGETS))
+@pytest.mark.parametrize("scorer", sorted(SCORERS))
+def test_quantized_storage_keeps_the_very_same_tokens(scorer, budget, merger, weights):
+    how, inputs = options(scorer, budget, merger, weights), left_padded(LENGTHS)
+    quantized, dense = new_cache(True, **how), new_cache(False, **how)
     position_ids = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    for one in (quantized, fresh):
-        model()(**inputs, position_ids=position_ids, past_key_values=one)
-    for mine, theirs in zip(quantized.layers, fresh.layers, strict=True):
+    for cache in (quantized, dense):
+        model()(**inputs, position_ids=position_ids, past_key_values=cache)
+    for mine, theirs in zip(quantized.layers, dense.layers, strict=True):
         assert torch.equal(mine.positions, theirs.positions)
         assert torch.equal(mine.num_merged, theirs.num_merged)
-        difference = (mine.values - theirs.values).norm() / theirs.values.norm()
-        assert difference < 0.05
-    for one in (*dense, quantized, fresh):
-        one.release(model())
+        assert (mine.values - theirs.values).norm() < 0.05 * theirs.values.norm()
+    quantized.release(model())
+    dense.release(model())
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "fp8"])
@@ -109,9 +122,7 @@ def test_beams_and_drafts(scorer, budget, quantized, weights):
     how, ids = options(scorer, budget, "similarity", weights), prompt(18).repeat(1, 2)
 
     def new(**more):
-        if quantized:
-            return MergingQuantizedCache("fp8", model=model(), residual_length=64, **how | more)
-        return MergingDynamicCache(model=model(), **how | more)
+        return new_cache(quantized, **how | ({"residual_length": 64} if quantized else {}) | more)
 
     beams = greedy(model(), ids, 4, past_key_values=new(), num_beams=2, output_logits=False, output_scores=True)
     by_hand, total = new(), 0.0

@@ -436,9 +436,9 @@ def test_rotary_of_every_layout(family):
 
 
 # refused: positions that are learned, or none; complex rotations (Llama 4); queries mixed along the sequence (Zaya)
-NOT_ROTARY = """bart beam bert bert-generation biogpt blenderbot blenderbot-small camembert ctrl data2vec-text electra ernie
-    gpt-sw3 gpt2 gpt_bigcode jamba marian mbart opt pegasus plbart roberta roberta-prelayernorm whisper xlm-roberta
-    xlm-roberta-xl zamba2"""
+NOT_ROTARY = """bart beam bert bert-generation biogpt blenderbot blenderbot-small camembert ctrl data2vec-text electra
+    ernie gpt-sw3 gpt2 gpt_bigcode jamba marian mbart opt pegasus plbart roberta roberta-prelayernorm whisper
+    xlm-roberta xlm-roberta-xl zamba2"""
 OTHER_ROTARY = "llama4 llama4_text zaya"
 
 
