@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PREFIX = "merging_"
 
-_links: "weakref.WeakKeyDictionary[PreTrainedModel, ModelLink]" = weakref.WeakKeyDictionary()
-_links_lock = threading.Lock()
+_links: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the config of a linked model's decoder to its ModelLink
+_links_lock = threading.RLock()
 # .waiting: the pass this thread's last update announced; .hidden_states: the last module's input; .probe: see `probing`
 _thread = threading.local()
 
@@ -59,15 +60,13 @@ class Link:
         self.model_name = "the model" if config is None else type(config).__name__.removesuffix("Config")
         if config is not None and getattr(config, "architectures", None):
             self.model_name = config.architectures[0]
+        self._config = None if config is None else config.get_text_config(decoder=True)
         self._model_link: ModelLink | None = None
         if model is None:
             return
         self.model_name = type(model).__name__
         if can_link(model):
-            self._model_link = ModelLink.of(model)
-            self._model_link.hold(self)
-            if needs_hidden_states:
-                self._model_link.watch_hidden_states()
+            self._model_link = ModelLink.of(model, self, needs_hidden_states)
         elif needed:
             raise ValueError(
                 f"the attention of {self.model_name} does not go through transformers' attention interface, so neither "
@@ -80,15 +79,33 @@ class Link:
         """Whether layers should wait for the attention of their passes."""
         return self.needed or self._model_link is not None
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether the model is known not to be linked (any more)."""
+        return self._config is not None and not is_linked(self._config)
+
     def release(self, model: PreTrainedModel | None) -> None:
-        """Put `model` back as it was before it was linked, unless another cache or a `with` block still needs it."""
-        link = self._model_link if model is None else _links.get(model)
-        if link is not None:
-            link.let_go(self)
+        """Put the model back as it was before it was linked, unless another cache or a `with` block still needs it.
+
+        Raises:
+            ValueError: if the cache is linked to another model than `model`.
+        """
+        if self._model_link is None:
+            return
+        if model is not None and decoder_config(model) is not self._config:
+            raise ValueError(
+                f"this cache is linked to a {self.model_name}, not to the {type(model).__name__} given; call "
+                "cache.release() without a model, or with its own"
+            )
+        self._model_link.let_go(self)
         self._model_link = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Link":
-        return self  # a copy of a cache belongs to the same model
+        twin = object.__new__(Link)  # a copy of a cache belongs to the same model, and has to be released by itself
+        vars(twin).update(vars(self))
+        if self._model_link is not None:
+            self._model_link.hold(twin)
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled_link, (self.model_name, self.needed, self.cache_name)  # models do not travel with caches
@@ -105,10 +122,11 @@ class Pass:
     """One update on its way to attention: the mark on the keys it returned.
 
     Args:
-        layer: the layer, whose `attended` is called once the attention is done, or `None` where it need not be.
+        layer: the layer, whose `attended` is called once the attention is done, or `None` once it was.
         layer_idx: its index.
         length: L, how many keys the update returned.
-        num_slots: how many of them, the first ones, are folded slots that every new token may see.
+        num_slots: how many of them, the first ones, are folded slots that every new token may see, whatever the mask
+            says of its first columns; 0 where the mask is right as it comes.
         bias: `[B, H, num_slots]`, what is added to the attention logits of the slots (a very negative number where a
             head has none), or `None` for nothing.
     """
@@ -119,12 +137,11 @@ class Pass:
     num_slots: int = 0
     bias: Tensor | None = None
 
-    def announce(self, keys: Tensor) -> Tensor:
+    def announce(self, keys: Tensor) -> None:
         """Mark `keys`, so that the attention that is handed them finds this."""
         keys._merging_pass = self
         # some models compute other keys from what update returns, and the mark is lost
         _thread.waiting = weakref.ref(self)
-        return keys
 
     def mask(self, attention_mask: Any, query: Tensor, length: int) -> Tensor | None:
         """The mask for this layer, `[B, 1 or Hq, q, length]`, added to logits; or the one given where it fits already.
@@ -132,7 +149,7 @@ class Pass:
         transformers makes one mask for all layers, by the number of keys of the first. What it says of the newest
         keys is taken from there; slots are older than any query, so each query sees every slot there is.
         """
-        if self.bias is None and (attention_mask is None or attention_mask.shape[-1] == length):
+        if not self.num_slots or (self.bias is None and attention_mask is None):
             return attention_mask
         batch, query_heads, num_queries = query.shape[:3]
         recent = _recent_mask(attention_mask, query, length - self.num_slots)
@@ -174,7 +191,7 @@ def visible_to_last(attention_mask: Any) -> Tensor | None:
         return _block_mask_row(attention_mask)
     if attention_mask.dim() == 2:
         return attention_mask.bool()
-    row = attention_mask[:, 0, -1]
+    row = attention_mask[:, 0, -1]  # one for all rows of the batch, or one each
     return row if row.dtype == torch.bool else row > torch.finfo(row.dtype).min / 2
 
 
@@ -200,7 +217,7 @@ def register(implementation: str) -> str:
     Raises:
         ValueError: if transformers has no mask function for it.
     """
-    name = PREFIX + implementation
+    name = PREFIX + implementation.removeprefix(PREFIX)
     if name in ALL_ATTENTION_FUNCTIONS:
         return name
     if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
@@ -218,6 +235,7 @@ def register(implementation: str) -> str:
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        hidden_states = _take_hidden_states(module)
         if (probe := getattr(_thread, "probe", None)) is not None:
             probe.append(query)
         announced = find_pass(module, key)
@@ -234,7 +252,7 @@ def register(implementation: str) -> str:
                 visible=visible_to_last(attention_mask),
                 module=module,
                 scaling=kwargs.get("scaling"),
-                hidden_states=_take_hidden_states(module),
+                hidden_states=hidden_states,
             )
             announced.layer = None  # keys may be shared with another layer's attention, which has other queries
         return output
@@ -322,50 +340,60 @@ def _lists_implementations(file: ModuleType | None) -> bool:
 
 @dataclass(eq=False)
 class ModelLink:
-    """A linked model: what it was before, and who needs the link."""
+    """A linked model and who needs the link.
+
+    What the model was before is what its configs name without our prefix, so there is nothing to remember.
+    """
 
     model: "weakref.ref[PreTrainedModel]"
-    before: list[tuple[PreTrainedConfig, str]]
     holders: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
     blocks: int = 0
     hidden_state_hooks: list[Any] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "ModelLink":
-        """The link of this model, made now if there is none."""
+    def of(cls, model: PreTrainedModel, holder: Link | None = None, hidden_states: bool = False) -> "ModelLink":
+        """The link of this model, made now if there is none, held by a cache's link or else by a block.
+
+        With `hidden_states` every attention module keeps its input for the attention function.
+        """
         with _links_lock:
-            link = _links.get(model)
-            if link is not None and decoder_config(model)._attn_implementation.startswith(PREFIX):
-                return link
-            parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-            configs = [part.config for part in parts if part._can_set_attn_implementation()]
-            configs = [config for config in configs if config._attn_implementation in ALL_MASK_ATTENTION_FUNCTIONS]
-            configs = {id(config): config for config in [*configs, decoder_config(model)]}
-            before = [(config, config._attn_implementation) for config in configs.values()]
-            names = {one: register(one) for one in {implementation for _, implementation in before}}
-            for config, implementation in before:
-                set_implementation(config, names[implementation])
-            link = _links[model] = cls(weakref.ref(model), before)
+            link = _links.get(decoder_config(model))
+            link = cls(weakref.ref(model)) if link is None or link.model() is None else link
+            for config in configs_to_link(model):
+                set_implementation(config, register(config._attn_implementation))
+            _links[decoder_config(model)] = link
+            if holder is None:
+                link.blocks += 1
+            else:
+                link.hold(holder)
+            if hidden_states:
+                link.watch_hidden_states()
             return link
 
-    def hold(self, cache_link: Link) -> None:
+    def hold(self, holder: Link) -> None:
         """Keep the model linked for this cache; inside a `merging_attention` block the block decides."""
-        if not self.blocks:
-            self.holders.add(cache_link)
-
-    def let_go(self, cache_link: Link | None) -> None:
-        """Put the model back if nobody else needs the link."""
         with _links_lock:
-            if cache_link is not None:
-                self.holders.discard(cache_link)
+            if not self.blocks:
+                self.holders.add(holder)
+
+    def let_go(self, holder: Link | None) -> None:
+        """Put the model back if nobody else needs the link; `None` is a block that ends."""
+        with _links_lock:
+            if holder is None:
+                self.blocks -= 1
+            else:
+                self.holders.discard(holder)
             model = self.model()
-            if self.holders or self.blocks or model is None or _links.get(model) is not self:
+            if self.holders or self.blocks or model is None:
                 return
-            for config, implementation in self.before:
-                set_implementation(config, implementation)
             for hook in self.hidden_state_hooks:
                 hook.remove()
-            del _links[model]
+            self.hidden_state_hooks.clear()
+            _thread.hidden_states = None
+            for config in configs_to_link(model):
+                if is_linked(config):  # someone may have chosen another implementation since
+                    set_implementation(config, config._attn_implementation.removeprefix(PREFIX))
+            _links.pop(decoder_config(model), None)
 
     def watch_hidden_states(self) -> None:
         """Have every attention module keep its input for the attention function; removed with the link."""
@@ -376,6 +404,19 @@ class ModelLink:
             if getattr(module, "layer_idx", None) is not None and "Attention" in type(module).__name__:
                 hook = module.register_forward_pre_hook(_keep_hidden_states, with_kwargs=True)
                 self.hidden_state_hooks.append(hook)
+
+
+def configs_to_link(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configs by which the parts of a model choose their attention: the decoder's, and all that can be linked."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    configs = [part.config for part in parts if part._can_set_attn_implementation()]
+    configs = [config for config in configs if config._attn_implementation in ALL_MASK_ATTENTION_FUNCTIONS]
+    return list({id(config): config for config in [*configs, decoder_config(model)]}.values())
+
+
+def is_linked(config: PreTrainedConfig) -> bool:
+    """Whether attention that chooses by this config runs linked."""
+    return str(config._attn_implementation).startswith(PREFIX)
 
 
 def set_implementation(config: PreTrainedConfig, name: str) -> None:
@@ -402,8 +443,9 @@ def _take_hidden_states(module: torch.nn.Module) -> Tensor | None:
 
 def linked_model(module: torch.nn.Module) -> PreTrainedModel | None:
     """The linked model that this attention module belongs to."""
-    for model in list(_links):
-        if any(part is module for part in model.modules()):
+    for link in list(_links.values()):
+        model = link.model()
+        if model is not None and any(part is module for part in model.modules()):
             return model
     return None
 
@@ -411,12 +453,11 @@ def linked_model(module: torch.nn.Module) -> PreTrainedModel | None:
 @contextmanager
 def probing() -> Iterator[list[Tensor]]:
     """Collect the queries that linked attention is given in this thread."""
-    kept = getattr(_thread, "hidden_states", None)
     _thread.probe = []
     try:
         yield _thread.probe
     finally:
-        _thread.probe, _thread.hidden_states = None, kept
+        _thread.probe = None
 
 
 @contextmanager
@@ -424,7 +465,8 @@ def merging_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Link a model to merging caches for the length of a `with` block, and put it back afterwards.
 
     Inside, caches of this model see its queries and may differ in length between heads and layers, also those that were
-    given its config only. Other caches are not affected: the same numbers come out, bit for bit.
+    given its config only (scorers of hidden states need the model itself). Other caches are not affected: the same
+    numbers come out, bit for bit.
 
     Args:
         model: a transformers model whose attention goes through the attention interface.
@@ -450,9 +492,7 @@ def merging_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
             "cannot be linked"
         )
     link = ModelLink.of(model)
-    link.blocks += 1
     try:
         yield model
     finally:
-        link.blocks -= 1
         link.let_go(None)

@@ -31,8 +31,8 @@ class MergingDynamicCache(DynamicCache):
         config: the model's config (`model.config`). Without it every layer is taken for full attention, which the cache
             warns of.
         model: instead of the config, the model itself: for scorers and mergers that look at queries, and budgets that
-            differ between heads or layers. It is linked (see `merging_attention`) until `release`, and padding is then
-            known without `attention_mask`.
+            differ between heads or layers. It is linked (see `merging_attention`) until `release`, or inside a block
+            until its end, and padding is then known without `attention_mask`.
         merging: how to fold: a `MergingConfig`, a dict of its fields, or a path to its JSON file.
         attention_mask: `[B, tokens]`, the tokenizer's mask, where the batch is padded: a cache sees keys and values
             only. One row per prompt; rows are repeated for beams. It may also be set later:
@@ -82,9 +82,9 @@ class MergingDynamicCache(DynamicCache):
         fold = self.merging.build()
         needed = self.merging.compression_ratio != 0 and fold.needs_attention
         hidden_states = needed and any(stage.needs_hidden_states for stage in fold.stages.values())
-        self._link = Link(model, config, needed, type(self).__name__, hidden_states)
         if config is not None and self.merging.compression_ratio != 0:
             check_supported(config.get_text_config(decoder=True), self.merging)
+        self._link = Link(model, config, needed, type(self).__name__, hidden_states)
         if config is None:
             if self.merging.compression_ratio != 0:
                 warnings.warn(
@@ -140,9 +140,18 @@ class MergingDynamicCache(DynamicCache):
     def release(self, model: PreTrainedModel | None = None) -> None:
         """Put the model back as it was before it was linked, unless another cache or a `with` block still needs it.
 
-        Afterwards this cache can go on decoding only if it needs nothing of the model's attention.
+        Afterwards this cache can go on decoding only if its heads and layers are all of one length; otherwise the next
+        pass raises `ValueError`.
+
+        Args:
+            model: the model, or `None` for the one that the cache was given.
+
+        Raises:
+            ValueError: if it is another model than that.
         """
         self._link.release(model)
+        for layer in self.folding_layers:
+            layer.release()
 
     def report(self) -> CacheReport:
         """What every layer has seen, kept, merged and saved; `print` it for a table."""

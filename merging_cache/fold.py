@@ -85,10 +85,19 @@ class Fold:
 
     # Folding ----------------------------------------------------------------------------------------------------------
 
-    def is_due(self, num_tokens: int, seen: int, num_slots: int, layer_rank: tuple[int, int] | None) -> bool:
-        """Whether a layer that stores `num_tokens` per head of `seen` tokens is to be folded, all to `num_slots`."""
-        layer_slots = self.budget.layer_slots(num_slots, seen, layer_rank)
-        return self.budget.folds(num_tokens, seen, num_slots, layer_slots)
+    @property
+    def fits_masks(self) -> bool:
+        """Whether a layer's slots are laid out without regard to the mask that transformers makes for all layers."""
+        return self.budget.ragged
+
+    def is_due(self, num_tokens: int, seen: int, num_slots: int) -> bool:
+        """Whether a layer that stores `num_tokens` of `seen` tokens is to be folded, all layers to `num_slots`.
+
+        Where masks are fitted every layer is folded with the others, be it that it keeps all its tokens, so that the
+        tail is the same in all of them and no padding is left.
+        """
+        due = self.budget.may_fold(seen, num_slots)
+        return due and (self.fits_masks or self.budget.folds(num_tokens, seen, num_slots))
 
     def width(self, padding: Tensor | None, num_slots: int) -> int:
         """How many columns of `[B, L]` padding hold `num_slots` real tokens of every row, or all that it has.
@@ -108,7 +117,7 @@ class Fold:
         """
         if states.rows_agree:
             return self._fold_rows(states, num_slots)
-        if self.budget.ragged or states.valid is not None:
+        if self.fits_masks or states.valid is not None:
             return self._fold_padded_ragged(states, num_slots)
         return self._fold_padded(states, num_slots)
 
@@ -149,9 +158,11 @@ class Fold:
         """Fold rows without padding."""
         check_finite(states)
         num_tokens, seen = num_tokens_per_head(states), states.seen
-        if not self.is_due(num_tokens, seen, num_slots, states.layer_rank):
+        if not self.budget.may_fold(seen, num_slots):
             return _keep_everything(states)
         num_slots = self.budget.layer_slots(num_slots, seen, states.layer_rank)
+        if not self.budget.folds(num_tokens, seen, num_slots):
+            return _keep_everything(states)
         states = replace(states, num_slots=num_slots)
         scores = self._protect(self._score(states), states, num_slots)
         survivors = self.budget.allocate(scores, states, num_slots)

@@ -5,7 +5,8 @@ how tokens are scored, chosen and merged (`fold.py`) or of the precision they ar
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -62,9 +63,11 @@ class MergingLayer(DynamicLayer):
         self.num_merged: Tensor | None = None
         self.num_dropped: Tensor | None = None
         self.record_past = False
+        self._is_offloaded = False
         self._drafting = False  # a recorded prompt was cropped, so what comes next are drafts and not a prompt
         self._fold_due = False
-        self._awaited: tuple[Tensor, Tensor] | None = None  # what a pass returned, until its attention comes
+        self._awaits_attention = False  # of the last pass
+        self._prompt: tuple[Tensor, Tensor] | None = None  # keys and values of a pass whose attention is to be observed
         self._observed = Observed()
         self._shape: tuple[int, int] | None = None  # (batch, KV heads)
         self._dims: tuple[int, int] | None = None  # head dimensions of keys and values
@@ -179,6 +182,12 @@ class MergingLayer(DynamicLayer):
         self._miss_attention()
         if not self.record_past and (new == 1 or self._config.fold_at == "prefill"):
             self._fold_if_due()
+        if self._has_fitted_slots and self._link.is_broken:
+            raise ValueError(
+                f"layer {self.layer_idx} has slots that only the linked attention of {self._link.model_name} can read "
+                "(heads of different lengths, or slots with mass), but it is not linked any more. Go on before "
+                f"release() or inside `with merging_attention(model):`, or make a new {self._link.cache_name}"
+            )
         before = self.num_stored
         if before:
             self._storage.append(key_states, value_states)
@@ -191,12 +200,14 @@ class MergingLayer(DynamicLayer):
         is_prompt = new > 1 and not self._drafting
         keys, values = self._storage.read()
         is_prompt = is_prompt and self._config.compression_ratio != 0
-        num_slots = self._config.num_slots(self.seen)
-        if is_prompt and self._fold.is_due(self._tokens_per_head, self.seen, num_slots, self.layer_rank):
+        if is_prompt and self._fold.is_due(self.num_stored, self.seen, self._config.num_slots(self.seen)):
             self._fold_due = True
-        if is_prompt and self._link.expected:
-            self._announce(keys, new, self)
-            self._awaited = keys, values
+        is_observed = is_prompt and self._link.expected
+        if is_observed or self._has_fitted_slots:
+            self._awaits_attention = True
+            self._prompt = (keys, values) if is_observed else None
+            Pass(self, self.layer_idx, keys.shape[2], *self._fitted_slots()).announce(keys)
+        if is_observed:
             return keys, values
         if self._fold_due and not self.record_past and self._config.fold_at == "prefill":
             try:
@@ -206,21 +217,25 @@ class MergingLayer(DynamicLayer):
                 raise
         elif not self._fold_due and not self.record_past:
             self._storage.settle()
-        if self._fold.budget.ragged:
-            self._announce(keys, new)
         return keys, values
 
-    def _announce(self, keys: Tensor, new: int, layer: "MergingLayer | None" = None) -> None:
-        """Mark the keys of a pass of `new` tokens for its attention."""
-        slots = self.num_slots
-        bias = None
-        if slots and (self._layout is not None or self._slot_log_mass is not None):
-            bias = torch.zeros((*self._shape, slots), device=self.device)
-            if self._slot_log_mass is not None:
-                bias = self._of_slots(self._slot_log_mass, 0.0).float()
-            if self._layout is not None:
-                bias = bias.masked_fill(~self._layout.valid, torch.finfo(self.dtype).min)
-        Pass(layer, self.layer_idx, keys.shape[2], slots, bias).announce(keys)
+    @property
+    def _has_fitted_slots(self) -> bool:
+        """Whether there are slots for which transformers' mask has to be fitted: it is made for another layer's."""
+        return self.num_slots > 0 and (self._fold.fits_masks or self._slot_log_mass is not None)
+
+    def _fitted_slots(self) -> tuple[int, Tensor | None]:
+        """How many slots the mask has to be fitted to, and `[B, H, S]`, what is added to their attention logits."""
+        if not self._has_fitted_slots:
+            return 0, None
+        if self._layout is None and self._slot_log_mass is None:
+            return self.num_slots, None
+        bias = torch.zeros((*self._shape, self.num_slots), device=self.device)
+        if self._slot_log_mass is not None:
+            bias = self._of_slots(self._slot_log_mass, 0.0).float()
+        if self._layout is not None:
+            bias = bias.masked_fill(~self._layout.valid, torch.finfo(self.dtype).min)
+        return self.num_slots, bias
 
     def attended(
         self,
@@ -241,22 +256,34 @@ class MergingLayer(DynamicLayer):
             module, scaling: the attention module and its factor on the logits.
             hidden_states: `[B, q, hidden]`, the module's input, where someone asked for it.
         """
-        keys, values = self._awaited
-        self._awaited = None
+        prompt, self._prompt, self._awaits_attention = self._prompt, None, False
+        if prompt is None:
+            return
+        keys, values = prompt
         new = query.shape[2]
         self._padding.observe(None if visible is None else ~visible[:, -new:], self.seen - new, query.shape[0])
         self._meet(module, scaling, hidden_states)
         if self._fold.observes:
-            with torch.no_grad():
+            with self._in_full_precision():
                 queries = self._by_stored_head(query.detach(), key, keys)
                 self._observed.receive(queries, self.seen - new, hidden_states)
                 if not self.record_past:
                     self._observed.digest(self._fold, self._states(keys, values))
         if not self.record_past:
             if self._config.fold_at == "prefill":
-                self._fold_if_due(keys, values)
+                try:
+                    self._fold_if_due(keys, values)
+                except Exception:
+                    self._take_back(self.num_stored - new, new)
+                    raise
             if not self._fold_due:
                 self._storage.settle()
+
+    @contextmanager
+    def _in_full_precision(self) -> Iterator[None]:
+        """Scores are computed in fp32 and without gradients, whatever the model runs in."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            yield
 
     def _meet(self, module: torch.nn.Module, scaling: float | None, hidden_states: Tensor | None) -> None:
         """Note which attention module this is, and check that it gives what the stages need."""
@@ -293,7 +320,7 @@ class MergingLayer(DynamicLayer):
 
     def _miss_attention(self) -> None:
         """Go on without an attention that never came, if that is possible."""
-        if self._awaited is not None and self._link.needed:
+        if self._awaits_attention and self._link.needed:
             stages = [stage for stage in self._fold.stages.values() if stage.needs_attention]
             stages += [self._fold.budget] if self._fold.budget.ragged and self._fold.budget not in stages else []
             names = " and ".join(stage.stage_name for stage in stages)
@@ -304,21 +331,13 @@ class MergingLayer(DynamicLayer):
                 "attention interface (or its attention implementation was changed since): choose stages that need keys "
                 "and values only, such as scorer='keydiff' and budget='uniform'"
             )
-        self._awaited = None
+        self._prompt, self._awaits_attention = None, False
 
     def _take_back(self, stored: int, new: int) -> None:
         """Undo the append of a pass of `new` tokens."""
         self._storage.truncate(stored)
         self.seen -= new
         self._fold_due = False
-
-    @property
-    def _tokens_per_head(self) -> int:
-        """How many tokens are stored per head: the mean over heads, in the row that stores most, rounded up."""
-        if self._layout is None:
-            return self.num_stored
-        in_slots = self._layout.lengths.sum(dim=1).max().div(self._shape[1]).ceil()
-        return int(in_slots) + self.num_stored - self.num_slots
 
     @property
     def _slots_when_due(self) -> int:
@@ -373,7 +392,7 @@ class MergingLayer(DynamicLayer):
         """Fold what is stored; changes nothing here."""
         self._check_mergeable(keys, values)
         self._padding.warn_if_unknown(keys)
-        with torch.no_grad():
+        with self._in_full_precision():
             slots = self._fold(self._states(keys, values), self._config.num_slots(self.seen))
         return replace(slots, positions=self._padding.sequence_positions(slots.positions))
 
@@ -415,8 +434,11 @@ class MergingLayer(DynamicLayer):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` can put the layer back as it was: not once tokens were folded, unless the past is recorded."""
-        return self.record_past or self.num_slots == 0
+        """Whether `crop` can put the layer back as it was, unless the past is recorded: not once tokens were folded.
+
+        Nor once a scorer has observed them, since what it remembers of all queries cannot be undone.
+        """
+        return self.record_past or (self.num_slots == 0 and self._observed.until == 0)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens (0 or negative); then fold what was waiting for it.
@@ -429,13 +451,15 @@ class MergingLayer(DynamicLayer):
         if not self.num_stored:
             return
         self._miss_attention()
+        if self._is_offloaded:
+            self.prefetch()
         self._storage.truncate(self.num_stored - remove)
         self.seen -= remove
         self._observed.truncate(self.seen, self.num_stored)
         if self.record_past:
             self._drafting = True
             if self._fold.observes and self._observed.new:
-                with torch.no_grad():
+                with self._in_full_precision():
                     self._observed.digest(self._fold, self._states(*self._storage.read()))
             self._fold_if_due()
             self._storage.settle()
@@ -454,7 +478,17 @@ class MergingLayer(DynamicLayer):
                 f"came, the {self.seen - tail} before them were folded into {self.num_slots} slots. Call "
                 "cache.activate_past_recording() before the pass that you want to take back, or reset() and start anew"
             )
+        if self.num_stored and self.seen - remove < self._observed.until:
+            raise ValueError(
+                f"cannot crop {remove} tokens from layer {self.layer_idx}: {self._fold.scorer.stage_name} has observed "
+                f"the queries of the first {self._observed.until} of {self.seen} tokens, which cannot be undone. Call "
+                "cache.activate_past_recording() before the pass that you want to take back, or reset() and start anew"
+            )
         return remove
+
+    def release(self) -> None:
+        """Forget the attention module, so that this cache does not keep the model alive."""
+        self._observed.owner = Owner()
 
     # The batch --------------------------------------------------------------------------------------------------------
 
@@ -492,11 +526,13 @@ class MergingLayer(DynamicLayer):
         """Move keys and values to the CPU; positions, a few bytes a slot, stay."""
         if self.num_stored:
             self._storage.to("cpu")
+            self._is_offloaded = True
 
     def prefetch(self) -> None:
         """Move keys and values back."""
         if self.num_stored:
             self._storage.to(self.device)
+            self._is_offloaded = False
 
     # Guards -----------------------------------------------------------------------------------------------------------
 

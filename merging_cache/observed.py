@@ -33,11 +33,12 @@ class Observed:
 
     Args:
         owner, scaling: the attention module (with its rotary embedding) and its factor on the logits.
-        queries: `[B, Hq, n, D]`, those of the last pass that is not `digested`, after the query window before it.
+        queries: `[B, Hq, n, D]`, those of the passes that are not digested, after the query window before them.
         positions: `[n]`, their positions in the (padded) sequence.
-        new: how many of the queries came with the last pass.
-        hidden_states: `[B, new, hidden]`, the input of the last pass's attention, until it is digested.
+        new: how many of the queries came with passes that are not digested.
+        hidden_states: `[B, new, hidden]`, the input of these passes' attention.
         statistics: what the scorer remembers.
+        until: the number of tokens seen when the last pass was digested.
     """
 
     owner: Owner = field(default_factory=Owner)
@@ -47,20 +48,24 @@ class Observed:
     new: int = 0
     hidden_states: Tensor | None = None
     statistics: Statistics | None = None
+    until: int = 0
 
     def receive(self, queries: Tensor, first: int, hidden_states: Tensor | None) -> None:
         """Take the queries `[B, Hq, q, D]` of a pass whose first token is at position `first`."""
-        self.new = queries.shape[2]
-        positions = torch.arange(first, first + self.new, device=queries.device)
+        self.new += queries.shape[2]
+        positions = torch.arange(first, first + queries.shape[2], device=queries.device)
         if self.queries is not None:
             queries = torch.cat([self.queries, queries], dim=2)
             positions = torch.cat([self.positions, positions])
+        if self.hidden_states is not None:
+            hidden_states = torch.cat([self.hidden_states, hidden_states], dim=1)
         self.queries, self.positions, self.hidden_states = queries, positions, hidden_states
 
     def digest(self, fold: Fold, states: LayerStates) -> None:
-        """Let the scorer observe the last pass, then keep no more queries than the window."""
+        """Let the scorer observe what was received since, then keep no more queries than the window."""
         if self.new:
             self.statistics = fold.observe(states, self.new)
+            self.until = int(self.positions[-1]) + 1
         self.new, self.hidden_states = 0, None
         if self.queries is not None and self.queries.shape[2] > fold.query_window:
             last = slice(self.queries.shape[2] - fold.query_window, None)

@@ -58,6 +58,7 @@ class Padding:
         if self._told:
             return
         self._known = True
+        padding = None if padding is None else padding.expand(batch, -1)
         if padding is None or not padding.any():
             if self._mask is not None:
                 self._mask = self._mask[:, :first]

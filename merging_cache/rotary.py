@@ -15,7 +15,8 @@ from torch import Tensor
 from .attention import from_model_file, linked_model, probing
 
 CHANGING = ("dynamic", "longrope")  # frequencies that depend on the length of the sequence
-PROBED = (0, 1, 5, 42)
+PROBED = (0, 1, 5, 42, 999, 30_011)  # far enough apart for slow channels to turn, too
+UNEXPLAINED = 0.05  # of the spread over positions that the right way may leave, by rounding in half precision
 
 
 class Rotary:
@@ -40,7 +41,7 @@ class Rotary:
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[B, n, width]` of positions `[B, n]`, in fp32."""
         cos, sin = self.embedding(torch.zeros(1, device=positions.device), positions, **self._options)
-        return cos.float(), sin.float()
+        return cos.float().to(positions.device), sin.float().to(positions.device)
 
     def rotated(self, states: Tensor, positions: Tensor) -> Tensor:
         """`[B, H, n, D]` as they are at `positions`, `[B, n]` or `[B, H, n]`."""
@@ -80,20 +81,26 @@ def rotary_of(module: torch.nn.Module) -> Rotary:
     """
     model = linked_model(module)
     name = type(module).__name__
-    refusal = ValueError(
-        f"the rotary position embedding of {name} could not be made out, so its queries and keys cannot be rotated "
-        "back; choose a scorer that does not need it, such as scorer='snapkv' or scorer='keydiff'"
-    )
+
+    def refusal(why: str) -> ValueError:
+        return ValueError(
+            f"the rotary position embedding of {name} could not be made out ({why}), so its queries and keys cannot be "
+            "rotated back; choose a scorer that does not need it, such as scorer='snapkv' or scorer='keydiff'"
+        )
+
     embedding = _embedding(model, module)
     apply = from_model_file(module, "apply_rotary_pos_emb")
     takes = [] if apply is None else list(inspect.signature(apply).parameters)
     pairs = takes[2:4] == ["cos", "sin"]  # queries and keys at once, or one of them
     if embedding is None or not (pairs or takes[1:3] == ["cos", "sin"]):
-        raise refusal
+        raise refusal("it has none, or one that is not made of cosines and sines")
     types = getattr(embedding, "rope_type", "default")
     if any(kind in CHANGING for kind in (types.values() if isinstance(types, dict) else [types])):
-        raise refusal
-    parameter = next(module.parameters())
+        raise refusal("its frequencies change with the length of the text")
+    if getattr(getattr(model, "config", None), "vision_config", None) is not None and _has_sections(module.config):
+        raise refusal("tokens of an image have several positions, of which a cache is not told")
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise refusal("its weights are offloaded, so it cannot be tried out")
     options = _layer_type(embedding, module)
 
     def whole(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -107,20 +114,36 @@ def rotary_of(module: torch.nn.Module) -> Rotary:
         return torch.cat([whole(states[..., :width], cos, sin), states[..., width:]], dim=-1)
 
     try:
-        positions = torch.tensor([PROBED], device=parameter.device)
+        positions = torch.tensor([PROBED], device=next(module.parameters()).device)
         queries = _probe(module, positions, Rotary(embedding, options, whole).cos_sin(positions))
     except Exception as error:
-        raise refusal from error
+        raise refusal(f"trying it out raised {type(error).__name__}: {error}") from error
+    left_over = {}
     for way in (not_at_all, whole, first_part):
         rotary = Rotary(embedding, options, way)
         try:
-            unrotated = rotary.unrotated(queries, positions)
+            left_over[rotary] = _spread(rotary.unrotated(queries, positions))
         except (RuntimeError, IndexError):  # widths that do not fit
             continue
-        tolerance = 64 * torch.finfo(queries.dtype).eps * unrotated.abs().max()
-        if unrotated.shape == queries.shape and (unrotated - unrotated[:, :, :1]).abs().max() <= tolerance:
-            return rotary
-    raise refusal
+    best = min(left_over, key=left_over.get)
+    if not left_over[best] <= UNEXPLAINED:
+        raise refusal("rotating back does not give one query for one token")
+    return best
+
+
+def _spread(queries: Tensor) -> float:
+    """How much of queries `[1, Hq, n, D]` differs between the n positions: 0 for nothing, 1 for all; mean of channels.
+
+    Channels count alike, or in half precision the rounding of one large channel would hide the turning of all others.
+    """
+    deviation = (queries - queries.mean(dim=2, keepdim=True)).norm(dim=2)
+    return (deviation / queries.norm(dim=2).clamp_min(torch.finfo(queries.dtype).tiny)).mean().item()
+
+
+def _has_sections(config: Any) -> bool:
+    """Whether channels turn with different coordinates of a position (mRoPE)."""
+    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return "mrope_section" in parameters
 
 
 def _embedding(model: torch.nn.Module | None, module: torch.nn.Module) -> Any:
@@ -144,8 +167,7 @@ def _probe(module: torch.nn.Module, positions: Tensor, cos_sin: tuple[Tensor, Te
     """The queries `[1, Hq, n, D]` that a module makes of one token at several positions."""
     parameter = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
-    width = next(iter(_input_widths(module)))
-    token = torch.randn(width, generator=generator).to(parameter.device, parameter.dtype)
+    token = torch.randn(_input_width(module), generator=generator).to(parameter.device, parameter.dtype)
     given = {
         "hidden_states": token.expand(1, positions.shape[1], -1),
         "position_embeddings": tuple(part.to(parameter.dtype) for part in cos_sin),
@@ -161,9 +183,9 @@ def _probe(module: torch.nn.Module, positions: Tensor, cos_sin: tuple[Tensor, Te
     return queries[-1]
 
 
-def _input_widths(module: torch.nn.Module) -> Any:
-    """The widths of the hidden states that a module's projections take, the first first."""
+def _input_width(module: torch.nn.Module) -> int:
+    """The width of the hidden states that a module takes."""
     for name in ("q_proj", "qkv_proj", "query_key_value", "Wqkv", "q_a_proj"):
         if hasattr(module, name):
-            yield getattr(module, name).weight.shape[1]
-    yield module.config.hidden_size
+            return getattr(module, name).weight.shape[1]
+    return module.config.hidden_size

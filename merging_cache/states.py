@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TILE = 1 << 22  # elements of an intermediate result that stages hold at a time: 16 MiB in fp32
+
 
 @dataclass(frozen=True)
 class Statistics:

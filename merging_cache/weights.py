@@ -1,6 +1,6 @@
 """Loads learned scorers' weights from a file, a folder or the hub."""
 
-import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +23,54 @@ NUMPY_IN_PICKLES = [
 ]
 
 
-def load_weights(name_or_path: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """`(config.json or {}, tensors by name)` of the weights there.
+class Weights:
+    """The weights of a learned scorer, loaded when first looked at; copies and pickles hold only their name.
 
     Args:
         name_or_path: a file, a folder, or `owner/name` on the hub, with `/folder` or `/folder/file` behind it for a
             part of it. Of a folder all safetensors files are read, or where there is none its one `.pt` file. A `.pt`
             file holds a list of modules' tensors under `"module"`, of which module i's become `{i}.name`.
-
-    Raises:
-        ValueError: if there are none, if a folder holds several `.pt` files, or if the hub does not have or give them.
     """
-    path = Path(name_or_path) if Path(name_or_path).exists() else _fetched(str(name_or_path))
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pt"))
-    files = [file for file in files if file.suffix in FORMATS]
-    if not files:
-        raise ValueError(f"{name_or_path} holds no weights (safetensors files, or one .pt file)")
-    if len(files) > 1 and files[0].suffix == ".pt":
-        raise ValueError(f"{name_or_path} holds {[file.name for file in files]}; name one of these files")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= load_file(file) if file.suffix == ".safetensors" else _load_modules(file)
-    config = (path.parent if path.is_file() else path) / "config.json"
-    return (json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}), tensors
+
+    def __init__(self, name_or_path: str) -> None:
+        self.name = str(name_or_path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Weights, (self.name,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Weights":
+        return self
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name.
+
+        Raises:
+            ValueError: if there are none, if a folder holds several `.pt` files, or if the hub does not give them.
+        """
+        path = Path(self.name) if Path(self.name).exists() else _fetched(self.name)
+        files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) or sorted(path.glob("*.pt"))
+        files = [file for file in files if file.suffix in FORMATS]
+        if not files:
+            raise ValueError(f"{self.name} holds no weights (safetensors files, or one .pt file)")
+        if len(files) > 1 and files[0].suffix == ".pt":
+            raise ValueError(f"{self.name} holds {[file.name for file in files]}; name one of these files")
+        tensors: dict[str, Tensor] = {}
+        for file in files:
+            tensors |= load_file(file) if file.suffix == ".safetensors" else _load_modules(file)
+        return tensors
+
+    def under(self, prefix: str, like: Tensor) -> dict[str, Tensor]:
+        """Those whose names begin with `prefix`, by the rest of their names, as `like` in precision and device."""
+        return {name[len(prefix) :]: part.to(like) for name, part in self.tensors.items() if name.startswith(prefix)}
 
 
 def _load_modules(file: Path) -> dict[str, Tensor]:
     with torch.serialization.safe_globals(NUMPY_IN_PICKLES):
-        modules = torch.load(file, map_location="cpu", weights_only=True)["module"]
-    return {f"{index}.{name}": tensor for index, part in enumerate(modules) for name, tensor in part.items()}
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or not isinstance(content.get("module"), list):
+        raise ValueError(f"{file} does not hold a list of modules' tensors under 'module'")
+    return {f"{i}.{name}": tensor for i, part in enumerate(content["module"]) for name, tensor in part.items()}
 
 
 def _fetched(name: str) -> Path:
@@ -62,7 +81,7 @@ def _fetched(name: str) -> Path:
     if inside.endswith(FORMATS):
         patterns = [inside]
     else:
-        patterns = [f"{inside}/{file}".lstrip("/") for file in ("*.safetensors", "*.pt", "config.json")]
+        patterns = [f"{inside}/{file}".lstrip("/") for file in ("*.safetensors", "*.pt")]
     try:
         return Path(snapshot_download(f"{owner}/{repository}", allow_patterns=patterns)) / inside
     except Exception as error:

@@ -1,15 +1,20 @@
 """The attention link: pass-through, queries that arrive, masks that fit ragged layers, and what happens without it."""
 
+import contextlib
 import copy
 import gc
+import math
 import pickle
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import DynamicCache
 
 from architectures import tiny_model
-from merging_cache import MergingDynamicCache, MergingQuantizedCache, Scorer, merging_attention
+from merging_cache import MergingDynamicCache, MergingQuantizedCache, Scorer, attention, merging_attention
+from merging_cache.mergers import DropMerger
 from models import WINDOW, greedy, left_padded, llama, prompt
 
 pytestmark = pytest.mark.core
@@ -174,10 +179,13 @@ def heads_alone(model, ids, cache):
                 kv = head // groups
                 mine = layer.positions[row, kv] >= 0
                 keys = torch.cat([layer.keys[row, kv, mine], k[row, kv]])
+                mass = torch.zeros(len(keys))
+                if layer.log_mass is not None:
+                    mass[: -k.shape[2]] = layer.log_mass[row, kv, mine]
                 values = torch.cat([layer.values[row, kv, mine], v[row, kv]])
                 for t in range(length):
                     visible = len(keys) - length + t + 1
-                    weights = (keys[:visible] @ q[row, head, t] * attention.scaling).softmax(0)
+                    weights = (keys[:visible] @ q[row, head, t] * attention.scaling + mass[:visible]).softmax(0)
                     out[row, head, t] = weights @ values[:visible]
         hidden = hidden + attention.o_proj(out.transpose(1, 2).flatten(2))
         hidden = hidden + block.mlp(block.post_attention_layernorm(hidden))
@@ -329,15 +337,23 @@ def test_copies_and_pickles_leave_the_model_behind():
     model(prompt(40), past_key_values=cache)
     twin, thawed = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
     assert twin.layers[0]._observed.owner.module is model.model.layers[0].self_attn
+    assert thawed.layers[0]._observed.owner.module is None
     assert len(pickle.dumps(cache)) < 200_000
     for other in (twin, thawed):
         assert torch.equal(
             model(prompt(1), past_key_values=other).logits,
             model(prompt(1), past_key_values=copy.deepcopy(cache)).logits,
         )
+    other = None
+    gc.collect()  # the copies made just above
     cache.release(model)
-    del model, cache, twin
+    assert model.config._attn_implementation == "merging_sdpa"  # a copy has to be released by itself
+    twin.release()
+    assert model.config._attn_implementation == "sdpa"
+    gone = weakref.ref(model)
+    del model
     gc.collect()
+    assert gone() is None  # although the caches live on
 
 
 def test_two_threads_with_two_caches_on_one_model():
@@ -359,6 +375,155 @@ def test_two_threads_with_two_caches_on_one_model():
         thread.join()
     for seed in (1, 2):
         assert torch.equal(outputs[seed].sequences, expected[seed].sequences)
+
+
+# The link's life ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["released", "after the block", "another implementation"])
+def test_ragged_slots_need_the_link_to_the_end(how):
+    model = llama()
+    with contextlib.ExitStack() as stack:
+        if how == "after the block":
+            stack.enter_context(merging_attention(model))
+            cache = MergingDynamicCache(config=model.config, budget="adakv", **WINDOW)
+        else:
+            cache = linked(model, budget="adakv")
+        model(prompt(40), past_key_values=cache)
+    if how == "released":
+        cache.release()
+    elif how == "another implementation":
+        model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"only the linked attention of Llama\w* can read .* not linked any more"):
+        model(prompt(1), past_key_values=cache)
+    assert cache.get_seq_length() == 40  # and nothing was stored
+    with merging_attention(model):
+        model(prompt(1), past_key_values=cache)
+
+
+def test_a_thawed_ragged_cache_says_when_nobody_reads_its_slots():
+    model = llama()
+    cache = linked(model, budget="adakv")
+    model(prompt(40), past_key_values=cache)
+    thawed = pickle.loads(pickle.dumps(cache))
+    cache.release()
+    model(prompt(1), past_key_values=thawed)  # it cannot know which model this is
+    with pytest.raises(ValueError, match="AdaKVBudget must see the attention of"):
+        model(prompt(1), past_key_values=thawed)
+
+
+def test_a_choice_made_meanwhile_is_kept():
+    model = llama()
+    cache = linked(model)
+    model.set_attn_implementation("eager")
+    cache.release()
+    assert model.config._attn_implementation == "eager"
+
+
+def test_whole_and_inner_model_share_one_link():
+    model = llama()
+    one, two = linked(model), linked(model.model)
+    assert model.config._attn_implementation == "merging_sdpa"
+    one.release()
+    assert model.config._attn_implementation == "merging_sdpa"
+    two.release()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_copied_model_can_be_linked_by_itself():
+    model = llama()
+    cache = linked(model)
+    twin = copy.deepcopy(model)
+    other = linked(twin)
+    assert twin.config._attn_implementation == "merging_sdpa"
+    other.release(twin)
+    assert (twin.config._attn_implementation, model.config._attn_implementation) == ("sdpa", "merging_sdpa")
+    with pytest.raises(ValueError, match="linked to a LlamaForCausalLM, not to the LlamaForCausalLM given"):
+        cache.release(twin)
+    cache.release(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_refused_model_is_left_alone():
+    model = tiny_model("deepseek_v3")
+    with pytest.raises(ValueError, match="multi-head latent attention"):
+        MergingDynamicCache(model=model)
+    assert not model.config._attn_implementation.startswith("merging_")
+
+
+def test_hidden_states_are_not_kept(tmp_path):
+    from test_query_scorers import kvzap_weights
+
+    kvzap_weights(tmp_path / "w", "linear")
+    model = llama()
+    cache = linked(model, scorer={"name": "kvzap", "weights": str(tmp_path / "w")})
+    model(prompt(40))
+    assert attention._thread.hidden_states is None
+    model(prompt(40), past_key_values=cache)
+    assert attention._thread.hidden_states is None
+    assert all(layer._observed.hidden_states is None for layer in cache.layers)
+    model.set_attn_implementation("eager")
+    other = linked(model, scorer={"name": "kvzap", "weights": str(tmp_path / "w")})
+    cache.release()
+    other.release()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(layer._observed.owner.module is None for layer in cache.layers)
+
+
+def test_a_fold_that_fails_takes_the_pass_back():
+    def broken(states):
+        raise RuntimeError("no score today")
+
+    model = llama()
+    cache = linked(model, scorer=broken)
+    with pytest.raises(RuntimeError, match="no score today"):
+        model(prompt(40), past_key_values=cache)
+    assert cache.layers[0].num_stored == cache.layers[0].seen == 0
+
+
+# Layers and padding ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", [[1, 3], [3, 1]])
+@pytest.mark.parametrize("lengths", [[40, 17], [40, 5], [40]])
+def test_layers_that_keep_everything_beside_layers_that_fold(weights, lengths):
+    """Two turns, each row equal to the row alone: a layer whose part is all its tokens gets rid of padding, too."""
+    model, inputs = llama(), left_padded(lengths)
+    options = {"budget": {"name": "per_layer", "weights": weights}, "max_tokens": 30, "scorer": "snapkv"}
+    together, alone = linked(model, **options), [linked(model, **options) for _ in lengths]
+    text, mask = inputs["input_ids"], inputs["attention_mask"]
+    for _ in range(2):
+        output = greedy(model, {"input_ids": text, "attention_mask": mask}, 3, past_key_values=together)
+        for row, (cache, length) in enumerate(zip(alone, lengths, strict=True)):
+            single = greedy(model, text[row : row + 1, max(lengths) - length :], 3, past_key_values=cache)
+            for mine, theirs in zip(output.logits, single.logits, strict=True):
+                torch.testing.assert_close(mine[row], theirs[0], rtol=1e-4, atol=1e-4)
+        text = torch.cat([output.sequences, prompt(9, len(lengths), seed=5)], 1)
+        mask = torch.cat([mask, torch.ones(len(lengths), text.shape[1] - mask.shape[1], dtype=torch.long)], 1)
+
+
+class Doubling(DropMerger):
+    """Every slot draws attention for two, so the answer is that of the same slots stored twice."""
+
+    needs_attention = True
+
+    def merge(self, states, survivors):
+        slots = super().merge(states, survivors)
+        return replace(slots, log_mass=torch.full(slots.positions.shape, math.log(2.0)))
+
+
+@pytest.mark.parametrize("budget", ["uniform", "adakv"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_mass_is_added_to_the_logits(budget, attention):
+    model = llama(attention)
+    cache = linked(model, budget=budget, scorer="snapkv", merger=Doubling())
+    model(prompt(60, batch=2), past_key_values=cache)
+    for length in (1, 5):
+        ids = prompt(length, batch=2, seed=length)
+        expected = heads_alone(model, ids, copy.deepcopy(cache))
+        torch.testing.assert_close(
+            model(ids, past_key_values=copy.deepcopy(cache)).logits, expected, rtol=1e-5, atol=1e-4
+        )
 
 
 # Other implementations ------------------------------------------------------------------------------------------------

@@ -78,8 +78,12 @@ def test_pyramid_and_curve_by_hand():
 
 def test_nothing_folds_while_everything_fits():
     for budget in (UniformBudget(), PyramidBudget(), AdaKVBudget(), PerLayerBudget(curve=[1, 9])):
-        assert not budget.folds(50, 50, 50, budget.layer_slots(50, 50, (0, 2)))
-    assert UniformBudget().folds(51, 51, 50, 50)
+        assert not budget.may_fold(50, 50)
+        assert budget.may_fold(51, 50)
+    assert UniformBudget().folds(51, 51, 50)
+    assert not UniformBudget().folds(50, 51, 50)
+    assert not ThresholdBudget(window=20).may_fold(20, 10)
+    assert ThresholdBudget(window=20).may_fold(21, 100)
 
 
 @pytest.mark.parametrize(

@@ -35,12 +35,13 @@ PAIRS = {
 def make_press(name, ratio):
     press, options = PAIRS[name]
     if name == "critical_kv":
-        return kvpress.CriticalKVPress(kvpress.KnormPress(compression_ratio=ratio), **options)
+        return kvpress.CriticalKVPress(kvpress.SnapKVPress(ratio, window_size=16), **options)
     return getattr(kvpress, press)(compression_ratio=ratio, **options)
 
 
 def make_spec(name):
-    return {"name": name, **PAIRS[name][1]} | ({"scorer": "knorm"} if name == "critical_kv" else {})
+    inner = {"scorer": {"name": "snapkv", "window_size": 16}} if name == "critical_kv" else {}
+    return {"name": name, **PAIRS[name][1]} | inner
 
 
 def no_token_twice():

@@ -3,7 +3,8 @@
 import copy
 import json
 import math
-from dataclasses import dataclass
+import pickle
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -14,11 +15,13 @@ from transformers import DynamicCache
 
 import reference
 from architectures import causal_lm_types, tiny_model
-from merging_cache import SCORERS, MergingConfig, MergingDynamicCache
+from merging_cache import SCORERS, LayerStates, MergingConfig, MergingDynamicCache
 from merging_cache.attention import linked_model
+from merging_cache.layer import CROP_TAKES_LENGTH
 from merging_cache.rotary import rotary_of
 from merging_cache.scorers import FastKVzipScorer, KVzapScorer, QFilterScorer
 from merging_cache.scorers.wrapper import WrappingScorer
+from merging_cache.states import Statistics
 from models import WINDOW, greedy, left_padded, llama, prompt
 
 pytestmark = pytest.mark.core
@@ -191,6 +194,7 @@ def test_critical_kv(ratio):
     for index, (states, scores, _) in enumerate(said(model, spec, prompt(LENGTH, 2))):
         weight = model.model.layers[index].self_attn.o_proj.weight.T.detach().double()  # [Hq * D, hidden]
         inner = SCORERS["keydiff"]().score(states)
+        raised = inner - inner.amin(dim=-1, keepdim=True).clamp_max(0)  # these can be negative
         assert states.num_slots == (LENGTH + 0) // 2
         first = max(1, int(states.num_slots * ratio)) if ratio else 0
         for row in range(2):
@@ -203,7 +207,7 @@ def test_critical_kv(ratio):
                     value = states.values[row, head, i].double()
                     parts = [weight[(2 * head + g) * 16 : (2 * head + g + 1) * 16] for g in range(2)]
                     norm = sum(float((value @ part).abs().sum()) for part in parts) / 2
-                    expected = (inner[row, head, i].item() + 0.01) * norm
+                    expected = (raised[row, head, i].item() + 0.01) * norm
                     assert scores[row, head, i].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
@@ -321,10 +325,12 @@ def test_gates_in_one_file_of_modules(tmp_path):
     losses = [np.linspace(1, 0, 5), np.linspace(1, 0, 5, dtype=np.float32)]
     torch.save({"module": modules, "losses": losses}, folder / "gates.pt")
     for path in (folder, folder / "gates.pt"):
-        one, other = (FastKVzipScorer.from_pretrained(kind)._loaded[1] for kind in (tmp_path / "safe", path))
+        one, other = (FastKVzipScorer.from_pretrained(kind)._weights.tensors for kind in (tmp_path / "safe", path))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
-    torch.save({"module": modules}, folder / "others.pt")
+    torch.save(modules, folder / "others.pt")
+    with pytest.raises(ValueError, match="others.pt does not hold a list of modules' tensors under 'module'"):
+        FastKVzipScorer.from_pretrained(folder / "others.pt")
     with pytest.raises(ValueError, match=r"holds \['gates.pt', 'others.pt'\]; name one of these files"):
         FastKVzipScorer.from_pretrained(folder)
 
@@ -342,12 +348,12 @@ def test_weights_from_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(weights, "snapshot_download", download)
     for name in ("owner/gates/inside", "owner/gates/inside/gates.safetensors"):
-        assert FastKVzipScorer.from_pretrained(name)._loaded[1]
-    folder = ["inside/*.safetensors", "inside/*.pt", "inside/config.json"]
+        assert FastKVzipScorer.from_pretrained(name)._weights.tensors
+    folder = ["inside/*.safetensors", "inside/*.pt"]
     assert asked == [("owner/gates", folder), ("owner/gates", ["inside/gates.safetensors"])]
     (tmp_path / "inside" / "gates.safetensors").rename(tmp_path / "gates.safetensors")
-    assert FastKVzipScorer.from_pretrained("owner/gates")._loaded[1]
-    assert asked[-1] == ("owner/gates", ["*.safetensors", "*.pt", "config.json"])
+    assert FastKVzipScorer.from_pretrained("owner/gates")._weights.tensors
+    assert asked[-1] == ("owner/gates", ["*.safetensors", "*.pt"])
 
 
 def test_qfilter_from_weights_needs_no_model(tmp_path):
@@ -526,8 +532,12 @@ def test_statistics_are_bounded_and_follow_the_slots(scorer, fold_at):
         if statistics.tokens is not None:
             assert statistics.tokens.shape[2] == 20
         assert all(tensor.shape[:2] == (2, 4) for tensor in statistics.queries)
+    before = [layer._observed.statistics for layer in cache.layers]
     cache.reorder_cache(torch.tensor([1, 1, 0]))
-    assert all(layer._observed.statistics.select(torch.tensor([2])) is not None for layer in cache.layers)
+    for layer, statistics in zip(cache.layers, before, strict=True):
+        after = layer._observed.statistics
+        pairs = [*zip(after.queries, statistics.queries, strict=True), (after.tokens, statistics.tokens)]
+        assert all(torch.equal(mine, theirs[[1, 1, 0]]) for mine, theirs in pairs if mine is not None)
 
 
 def test_survivors_keep_their_statistics():
@@ -551,6 +561,154 @@ def test_padding_leaves_no_statistics():
     for mine, theirs in zip(together.layers, alone.layers, strict=True):
         for one, other in zip(mine._observed.statistics.queries, theirs._observed.statistics.queries, strict=True):
             torch.testing.assert_close(one[1:], other, rtol=1e-3, atol=1e-3)
+
+
+OBSERVING = ["snapkv", "tova", "expected_attention", "observed_attention", "qfilter", "cap", "compactor"]
+
+
+@pytest.mark.parametrize("scorer", OBSERVING)
+def test_observed_tokens_cannot_be_cropped(scorer):
+    """What was remembered of their queries would stay."""
+    model = llama()
+    cache = MergingDynamicCache(model=model, scorer=scorer, fold_at="decode", **WINDOW)
+    model(prompt(60), past_key_values=cache)
+    assert not cache.is_croppable
+    with pytest.raises(ValueError, match=r"cannot crop 20 tokens from layer 0: \w+ has observed"):
+        cache.crop(-20)
+    assert cache.get_seq_length() == 60
+
+
+@pytest.mark.parametrize("scorer", OBSERVING)
+def test_chunks_while_the_past_is_recorded(scorer):
+    """Nothing is digested until the crop; then it is as if the prompt had come in one piece."""
+    model, ids, kept = llama(), prompt(60), []
+    for chunk in (60, 16):
+        cache = MergingDynamicCache(model=model, scorer=scorer, **WINDOW)
+        cache.activate_past_recording()
+        for piece in ids.split(chunk, dim=1):
+            model(piece, past_key_values=cache)
+        cache.crop(55 if CROP_TAKES_LENGTH else -5)
+        kept.append([layer.positions for layer in cache.layers])
+        assert cache.get_seq_length() == 55
+    for one, other in zip(*kept, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_snapkv_when_old_queries_see_nothing_that_is_stored():
+    model = llama()
+    cache = MergingDynamicCache(model=model, scorer="snapkv", sink_tokens=0, recent_tokens=8, max_tokens=8)
+    for piece in prompt(64).split(16, dim=1):
+        model(piece, past_key_values=cache)
+    assert all(layer.num_slots == 8 for layer in cache.layers)
+
+
+def test_snapkv_keeps_its_window_of_a_stream():
+    """A window longer than what is stored is still set apart from the tokens before it, once more than it was seen."""
+    model, options = llama(), {"sink_tokens": 0, "recent_tokens": 0, "max_tokens": 16}
+    cache = MergingDynamicCache(model=model, scorer={"name": "snapkv", "window_size": 24}, **options)
+    for piece in prompt(80).split(8, dim=1):
+        model(piece, past_key_values=cache)
+    for layer in cache.layers:
+        assert layer.positions.tolist() == [[list(range(64, 80))] * 2]
+
+
+def test_generated_tokens_count_as_the_mean():
+    """A scorer that scores prompt tokens only must not evict the model's own answer first."""
+    model, spy = llama(), Spy({"name": "non_causal", "chunk_size": 16})
+    cache = MergingDynamicCache(model=model, scorer=spy, fold_at="decode", compression_ratio=0.1, **WINDOW)
+    model(prompt(32), past_key_values=cache)
+    for token in prompt(32, seed=2)[0]:
+        model(token.view(1, 1), past_key_values=cache)
+    model(prompt(16, seed=3), past_key_values=cache)
+    model(prompt(1), past_key_values=cache)
+    states, scores = spy.said[0]
+    received = states.statistics.tokens
+    generated = (states.positions >= 32) & (states.positions < 64)
+    assert (received[generated] == 0).all()
+    assert (received[~generated] > 0).all()
+    mean = (received.sum(-1) / (~generated).sum(-1)).unsqueeze(-1)
+    filled = received.masked_fill(generated, 0) + mean * generated
+    filled = filled * states.values.norm(dim=-1)
+    smooth = torch.nn.functional.avg_pool1d(filled, 3, padding=1, stride=1)
+    expected = (smooth - smooth.mean()) / smooth.std()
+    torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "glm"])
+def test_rotary_in_half_precision_with_a_large_channel(dtype, family):
+    model, plain = tiny_model(family).to(dtype), tiny_model(family)
+    attention = next(module for module in model.modules() if hasattr(module, "q_proj"))
+    attention.q_proj.weight[7] *= 300  # a channel that turns slowly
+    vectors, positions, rotated = torch.randn(1, 2, 5, 16), torch.arange(5)[None], []
+    for one in (model, plain):
+        cache = MergingDynamicCache(model=one, scorer="leverage", **WINDOW)
+        one(prompt(40), past_key_values=cache)
+        rotated.append(cache.layers[0]._observed.owner.rotary.rotated(vectors, positions))
+        cache.release()
+    torch.testing.assert_close(*rotated, rtol=1e-2, atol=2e-2)
+    assert not torch.allclose(rotated[0], vectors, atol=0.1)
+
+
+def test_images_have_positions_of_which_a_cache_is_not_told():
+    model = llama()
+    model.config.rope_parameters["mrope_section"] = [2, 3, 3]
+    model.config.vision_config = object()
+    cache = MergingDynamicCache(model=model, scorer="expected_attention")
+    with pytest.raises(ValueError, match="tokens of an image have several positions"):
+        model(prompt(LENGTH), past_key_values=cache)
+
+
+def test_offloaded_weights_are_named():
+    module = copy.deepcopy(llama().model.layers[0].self_attn).to("meta")
+    states = LayerStates(torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16), queries=torch.randn(1, 4, 9, 16))
+    states = replace(states, query_positions=torch.arange(9)[None], module=module)
+    with pytest.raises(ValueError, match="the output projection of LlamaAttention is offloaded"):
+        SCORERS["critical_kv"]().score(states)
+
+
+@torch.no_grad()
+def test_autocast_does_not_reach_the_scores():
+    states, kept = (torch.randn(1, 2, 60, 16), torch.randn(1, 2, 60, 16)), []
+    for enabled in (False, True):
+        cache = MergingDynamicCache(config=llama().config, scorer="keydiff", **WINDOW)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            cache.update(*states, 0)
+        kept.append(cache.layers[0])
+    assert torch.equal(kept[0].positions, kept[1].positions)
+    assert torch.equal(kept[0].values, kept[1].values)
+
+
+def test_cap_without_temperature():
+    for _, scores, _ in said(llama(), {"name": "cap", "tau": 0}, prompt(LENGTH)):
+        assert not scores.isnan().any()
+
+
+def test_pickles_do_not_carry_weights(tmp_path):
+    kvzap_weights(tmp_path / "w", "linear")
+    scorer = KVzapScorer.from_pretrained(tmp_path / "w")
+    for other in (pickle.loads(pickle.dumps(scorer)), copy.deepcopy(scorer)):
+        assert other == scorer
+        assert other._weights.tensors.keys() == scorer._weights.tensors.keys()
+    assert len(pickle.dumps(scorer)) < 500
+
+
+def test_fast_kvzip_window_of_long_sequences(tmp_path):
+    gate_weights(tmp_path / "w")
+    scorer = FastKVzipScorer(str(tmp_path / "w"), window_size=50)
+    for length, window in ((31_999, 639), (32_000, 50)):
+        statistics = Statistics(torch.zeros(1, 1, length, 2))
+        states = LayerStates(torch.zeros(1, 1, length, 1), torch.zeros(1, 1, length, 1), statistics=statistics)
+        assert int((scorer.score(states) == 1).sum()) == window + 4
+
+
+def test_compactor_blends_by_the_share_that_is_lost():
+    states, _, _ = said(llama(), "compactor", prompt(LENGTH))[0]
+    for slots in (9, 27):
+        shown = replace(states, num_slots=slots)
+        one = SCORERS["compactor"]().score(shown)
+        assert torch.equal(one, SCORERS["compactor"](blending=1 - slots / LENGTH).score(shown))
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,22 @@ def test_rows_do_not_see_each_other(name):
     torch.testing.assert_close(score(scorer, states)[:1], score(scorer, first), rtol=1e-4, atol=1e-5)
 
 
+TOGETHER = {"tova", "chunk_kv", "leverage", "compactor", "non_causal"}  # a head's scores depend on the others'
+
+
+@pytest.mark.parametrize("name", sorted(set(UNLEARNED) - TOGETHER))
+def test_a_head_apart_scores_as_it_does_among_the_others(name):
+    """Which weights and which random numbers are whose, once heads store different numbers of tokens."""
+    states = random_states(40)
+    options = {"random": {"seed": 3}, "critical_kv": {"first_stage_ratio": 0.0}}
+    scorer = SCORERS[name](**options.get(name, {}))
+    whole = score(scorer, states)
+    apart = torch.tensor([[5, 6, 7], [5, 6, 7]])  # heads that keep different numbers are handed over one by one
+    for row, heads, _, part in states.rectangles(apart):
+        assert part.keys.shape[1] == 1
+        torch.testing.assert_close(score(scorer, part), whole[row, heads], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("length", "window", "kernel"), [(30, 6, 5), (30, 1, 1), (9, 8, 3), (8, 8, 3), (5, 64, 5), (1, 4, 5)]
 )

@@ -25,9 +25,13 @@ class Budget(Stage, ABC):
         """
         return num_slots
 
-    def folds(self, num_tokens: int, seen: int, num_slots: int, layer_slots: int) -> bool:
-        """Whether a layer that stores `num_tokens` of `seen` tokens is to be folded to `layer_slots`."""
-        return num_slots < seen and layer_slots < num_tokens
+    def may_fold(self, seen: int, num_slots: int) -> bool:
+        """Whether any layer is to be folded after `seen` tokens, all layers together to `num_slots` per head."""
+        return num_slots < seen
+
+    def folds(self, num_tokens: int, seen: int, layer_slots: int) -> bool:
+        """Whether then a layer that stores `num_tokens` of `seen` tokens is to be folded to `layer_slots`."""
+        return layer_slots < num_tokens
 
     @abstractmethod
     def allocate(self, scores: Tensor, states: LayerStates, num_slots: int) -> Survivors:

@@ -12,7 +12,8 @@ class PerLayerBudget(UniformBudget):
     """Every layer has its weight, and its heads share evenly.
 
     Layer i keeps `num_slots * weight_i / mean(weights)` slots per head, rounded down, at least 1 and at most all its
-    tokens: all layers together keep what the uniform budget would, or a little less. Only layers that fold count.
+    tokens: all layers together keep what the uniform budget would, or less where a layer's part is more than it has.
+    Only layers that fold count.
 
     Args:
         weights: one number for each folding layer, first to last.

@@ -31,7 +31,10 @@ class ThresholdBudget(Budget):
     threshold: float = 0.0
     window: int = option(128, minimum=0)
 
-    def folds(self, num_tokens: int, seen: int, num_slots: int, layer_slots: int) -> bool:
+    def may_fold(self, seen: int, num_slots: int) -> bool:
+        return seen > max(1, self.window)
+
+    def folds(self, num_tokens: int, seen: int, layer_slots: int) -> bool:
         return num_tokens > max(1, self.window)
 
     def allocate(self, scores: Tensor, states: LayerStates, num_slots: int) -> Survivors:

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..states import LayerStates, Survivors, gather_tokens
-
-TILE = 1 << 22  # elements of one similarity tile: 16 MiB in fp32
+from ..states import TILE, LayerStates, Survivors, gather_tokens
 
 
 @dataclass(frozen=True)

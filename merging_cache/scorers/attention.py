@@ -5,16 +5,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..states import LayerStates
-
-TILE = 1 << 22  # elements of one tile of attention weights: 16 MiB in fp32
+from ..states import TILE, LayerStates
 
 
 def attention_tiles(states: LayerStates, last: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Softmax weights of the last `last` queries (all by default) over the stored tokens each can see.
 
+    Caps on the logits and learned sinks, which a few models have, are left out.
+
     Yields `(positions, weights)`: `[B, m]`, those of m queries, and `[B, H, G, m, L]` in fp32, zero for tokens that are
-    later than the query.
+    later than the query (for all of them, where it came before what is stored).
     """
     batch, heads, length = states.keys.shape[:3]
     queries, query_positions = states.queries, states.query_positions
@@ -30,4 +30,4 @@ def attention_tiles(states: LayerStates, last: int | None = None) -> Iterator[tu
         if states.log_mass is not None:
             logits += states.log_mass[:, :, None, None]
         later = states.positions[:, :, None, None] > positions[:, None, None, :, None]
-        yield positions, logits.masked_fill_(later, -torch.inf).softmax(dim=-1)
+        yield positions, logits.masked_fill_(later, -torch.inf).softmax(dim=-1).masked_fill_(later, 0.0)

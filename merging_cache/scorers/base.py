@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..stage import Stage
@@ -61,3 +62,12 @@ class FunctionScorer(Scorer):
 
     def score(self, states: LayerStates) -> Tensor:
         return self.function(states)
+
+
+def standardized(scores: Tensor) -> Tensor:
+    """`[B, H, L]` less the mean and divided by the standard deviation of each row."""
+    rows = scores.flatten(1)
+    if rows.shape[1] < 2:
+        return torch.zeros_like(scores)
+    deviation = rows.std(dim=1).clamp_min(1e-6)
+    return (scores - rows.mean(dim=1).view(-1, 1, 1)) / deviation.view(-1, 1, 1)

@@ -45,8 +45,8 @@ class CapScorer(Scorer):
         anchor = by_kv_head(unit(anchor), states.keys.shape[1])
         sinks = states.positions < self.n_sink
         cosine = anchor @ unit(states.keys.float()).mT  # [B, H, G, L]
-        cosine.masked_fill_(sinks.unsqueeze(2), -torch.inf)
-        weights = (self.tau * (cosine - cosine.amax(dim=-1, keepdim=True).clamp_min(-1))).exp()
+        highest = cosine.masked_fill(sinks.unsqueeze(2), -1.0).amax(dim=-1, keepdim=True)
+        weights = (self.tau * (cosine - highest)).exp().masked_fill(sinks.unsqueeze(2), 0.0)
         values, scores = states.values.float(), torch.zeros(states.keys.shape[:3], device=states.keys.device)
         counted = values.masked_fill(sinks.unsqueeze(-1), 0.0)
         for member in range(weights.shape[2]):

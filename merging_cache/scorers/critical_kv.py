@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from ..stage import option
-from ..states import LayerStates, top_tokens
+from ..states import TILE, LayerStates, top_tokens
 from .wrapper import WrappingScorer
 
-TILE = 1 << 22  # elements of projected values held at a time: 16 MiB in fp32
 PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj_out", "proj")
 
 
@@ -19,7 +18,8 @@ class CriticalKVScorer(WrappingScorer):
 
     The first `first_stage_ratio` of the slots goes to the best tokens of the other scorer. The rest goes by
     `(score + epsilon) |v W_O|_1`, W_O being the head's part of the output projection, averaged over the query heads of
-    the group.
+    the group. Scores that can be negative are shifted until the lowest of the head is 0, or the product would favour
+    small values.
 
     Args:
         scorer: the other scorer.
@@ -39,7 +39,8 @@ class CriticalKVScorer(WrappingScorer):
         scores = self.inner.score(states).float()
         slots = states.num_tokens if states.num_slots is None else min(states.num_slots, states.num_tokens)
         first = max(1, int(slots * self.first_stage_ratio)) if self.first_stage_ratio else 0
-        second = (scores + self.epsilon) * projected_norm(states)
+        raised = scores - scores.amin(dim=-1, keepdim=True).clamp_max(0)
+        second = (raised + self.epsilon) * projected_norm(states)
         return second.scatter_(2, top_tokens(scores, first), torch.inf)
 
 
@@ -64,6 +65,11 @@ def output_projection(states: LayerStates) -> Tensor:
         weight = getattr(layer, "weight", None)
         if weight is None or weight.dim() != 2 or not weight.is_floating_point():
             continue
+        if weight.is_meta:
+            raise ValueError(
+                f"the output projection of {type(module).__name__} is offloaded, so critical_kv cannot look at it; use "
+                "another scorer, or keep the layer's weights on a device"
+            )
         if isinstance(layer, torch.nn.Linear):
             weight = weight.mT
         num_heads = states.keys.shape[1] if states.num_heads is None else states.num_heads

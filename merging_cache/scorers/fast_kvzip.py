@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from ..stage import option
 from ..states import LayerStates
-from .kvzap import HiddenStateScorer
+from .hidden_state import HiddenStateScorer
 
 NORM_EPSILON = 1e-6
 
@@ -25,7 +25,8 @@ class FastKVzipScorer(HiddenStateScorer):
     a cache that folds layer by layer cannot; `budget="threshold"` or `"adakv"` come closest.
 
     Args:
-        weights: folder or hub name of the gates in safetensors: `{i}.q_proj.weight` and so on for layer i.
+        weights: file, folder or hub name of the gates, such as `"Jang-Hyun/Fast-KVzip/qwen3-8b"`: `{i}.q_proj.weight`
+            and so on for layer i, or a `.pt` file that lists each layer's.
         n_sink: first tokens that score 1.
         window_size, window_ratio: the recent window of long and of shorter sequences.
     """
@@ -34,7 +35,7 @@ class FastKVzipScorer(HiddenStateScorer):
     window_size: int = option(4096, minimum=1)
     window_ratio: float = option(0.02, minimum=0, maximum=1)
 
-    def _prefix(self, layer_idx: int) -> str:
+    def prefix(self, layer_idx: int) -> str:
         return f"{layer_idx}."
 
     def predict(self, hidden_states: Tensor, weights: dict[str, Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..stage import option
 from ..states import LayerStates
-from .base import Scorer
+from .base import Scorer, standardized
 
 RIDGE = 0.01
 
@@ -40,12 +40,3 @@ class LeverageScorer(Scorer):
         gram.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
         leverage = (sketch * torch.linalg.solve(gram, sketch.mT).mT).sum(dim=-1)
         return standardized(leverage.clamp_min(0))
-
-
-def standardized(scores: Tensor) -> Tensor:
-    """`[B, H, L]` less the mean and divided by the standard deviation of each row."""
-    rows = scores.flatten(1)
-    if rows.shape[1] < 2:
-        return torch.zeros_like(scores)
-    deviation = rows.std(dim=1).clamp_min(1e-6)
-    return (scores - rows.mean(dim=1).view(-1, 1, 1)) / deviation.view(-1, 1, 1)

@@ -6,26 +6,22 @@ from torch import Tensor
 from ..states import LayerStates
 
 
-def observe_moments(
-    states: LayerStates, new: int, first_position: int = 0, covariance: bool = True, unrotate: bool = True
-) -> tuple[Tensor, ...]:
-    """The moments of all queries so far: those of earlier passes and of the last `new` queries.
+def observe_moments(states: LayerStates, new: int, first_position: int, covariance: bool) -> tuple[Tensor, ...]:
+    """The moments of all queries before RoPE so far: those of earlier passes and of the last `new` queries.
 
     Args:
         states: what `Scorer.observe` is given; its statistics hold what this returned for the last pass.
         new: how many of the queries, the last ones, came with this pass.
         first_position: queries at positions before this are left out.
         covariance: whether to follow it; without it only the count and the mean are returned.
-        unrotate: whether to take the rotary embedding off first.
 
     Returns:
         `(count [B, Hq, 1], mean [B, Hq, D], scatter [B, Hq, D, D])` in fp32, the scatter being the sum of the outer
         products of queries less their mean: passes are joined as in Chan, Golub and LeVeque's parallel algorithm.
     """
     first = states.queries.shape[2] - new
-    queries, positions = states.queries[:, :, first:].float(), states.query_positions[:, first:]
-    if unrotate:
-        queries = states.rotary.unrotated(queries, positions)
+    positions = states.query_positions[:, first:]
+    queries = states.rotary.unrotated(states.queries[:, :, first:], positions)
     queries = queries[:, :, positions[0] >= first_position]
     batch, heads, more, dim = queries.shape
     if states.statistics is None:

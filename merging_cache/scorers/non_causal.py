@@ -8,8 +8,8 @@ from torch.nn.functional import avg_pool1d
 
 from ..stage import option
 from ..states import LayerStates, Statistics
-from .base import Scorer
-from .leverage import standardized
+from .base import Scorer, standardized
+from .once import mean_where_unknown
 
 
 @dataclass
@@ -19,7 +19,8 @@ class NonCausalScorer(Scorer):
     The sequence is cut into chunks of `chunk_size` positions. Inside each the softmax of `q.k` (without a factor) over
     all its keys is summed over its queries, averaged over the query heads of the group and multiplied by `|v|`; then
     the mean of 3 neighbours, less the mean and divided by the standard deviation over the row's heads and tokens. A
-    chunk that comes in several passes is judged anew with each, by what is stored of it.
+    chunk that comes in several passes is judged anew with each, by what is stored of it; tokens of no such chunk (they
+    were generated) count as the mean of their head.
 
     Args:
         chunk_size: positions in a chunk.
@@ -57,5 +58,6 @@ class NonCausalScorer(Scorer):
         received[:, :, columns] = torch.where(inside, weights.sum(dim=3).mean(dim=2), received[:, :, columns])
 
     def score(self, states: LayerStates) -> Tensor:
-        scores = states.statistics.tokens * states.values.float().norm(dim=-1)
+        received = mean_where_unknown(states.statistics.tokens, states.statistics.tokens > 0)
+        scores = received * states.values.float().norm(dim=-1)
         return standardized(avg_pool1d(scores, kernel_size=3, padding=1, stride=1))

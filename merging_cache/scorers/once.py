@@ -26,5 +26,10 @@ class OnceScorer(Scorer):
 
     def score(self, states: LayerStates) -> Tensor:
         score, known = states.statistics.tokens.unbind(dim=-1)
-        mean = (score * known).sum(dim=2, keepdim=True) / known.sum(dim=2, keepdim=True).clamp_min(1)
-        return torch.where(known > 0, score, mean)
+        return mean_where_unknown(score, known > 0)
+
+
+def mean_where_unknown(scores: Tensor, known: Tensor) -> Tensor:
+    """`[B, H, L]` scores, those that are not known replaced by the mean of the known ones of their head."""
+    mean = (scores * known).sum(dim=2, keepdim=True) / known.sum(dim=2, keepdim=True).clamp_min(1)
+    return torch.where(known, scores, mean)

@@ -1,13 +1,12 @@
 """Tokens that lie along the direction of the queries."""
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..states import LayerStates, Statistics
-from ..weights import load_weights
+from ..weights import Weights
 from .base import Scorer
 
 
@@ -19,25 +18,21 @@ class QFilterScorer(Scorer):
     of the group, with the sign that makes the mean query's part along it negative.
 
     Args:
-        weights: folder or hub name of published filters: one tensor `q_filters` `[layers, H, D]` in safetensors.
+        weights: file, folder or hub name of published filters: one tensor `q_filters` `[layers, H, D]`.
     """
 
     query_window = 0
 
     weights: str | None = None
+    _weights: Weights | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._weights = None if self.weights is None else Weights(self.weights)
 
     @property
     def needs_queries(self) -> bool:
         return self.weights is None
-
-    @cached_property
-    def _filters(self) -> Tensor:
-        _, tensors = load_weights(self.weights)
-        if "q_filters" not in tensors or tensors["q_filters"].dim() != 3:
-            raise ValueError(
-                f"{self.weights} holds {sorted(tensors)}; Q-filters are one tensor `q_filters` [layers, H, D]"
-            )
-        return tensors["q_filters"]
 
     def observe(self, states: LayerStates, new: int) -> Statistics | None:
         if self.weights is not None:
@@ -60,12 +55,19 @@ class QFilterScorer(Scorer):
         return -(states.keys.float() * direction.unsqueeze(2)).sum(dim=-1)
 
     def _of_layer(self, states: LayerStates) -> Tensor:
-        filters = self._filters[states.layer_idx] if states.layer_idx < len(self._filters) else self._filters[:0]
+        """`[H, D]`, the published directions of these heads."""
+        tensors = self._weights.tensors
+        if "q_filters" not in tensors or tensors["q_filters"].dim() != 3:
+            raise ValueError(
+                f"{self.weights} holds {sorted(tensors)}; Q-filters are one tensor `q_filters` [layers, H, D]"
+            )
+        all_filters = tensors["q_filters"]
+        filters = all_filters[states.layer_idx] if states.layer_idx < len(all_filters) else all_filters[:0]
         if states.heads is not None:
-            filters = filters[states.heads]
+            filters = filters[states.heads.cpu()]
         if filters.shape != (states.keys.shape[1], states.keys.shape[3]):
             raise ValueError(
-                f"{self.weights} holds filters {tuple(self._filters.shape)} [layers, H, D], which do not fit layer "
+                f"{self.weights} holds filters {tuple(all_filters.shape)} [layers, H, D], which do not fit layer "
                 f"{states.layer_idx} with keys {tuple(states.keys.shape)}; are they another model's?"
             )
         return filters

@@ -49,7 +49,7 @@ class SnapKVScorer(Scorer):
         for _, weights in attention_tiles(states, last=asked):
             attention += weights.sum(dim=(2, 3))
         attention /= asked * states.group_size
-        if asked >= states.num_tokens:
+        if asked >= states.seen:
             return avg_pool1d(attention, self.kernel_size, padding=self.kernel_size // 2, stride=1)
         window = states.positions >= states.query_positions[:, None, -asked, None]
         smooth = avg_pool1d(
