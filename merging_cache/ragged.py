@@ -61,7 +61,8 @@ class RaggedLayout:
 class RaggedStorage:
     """Storage whose slots follow a `RaggedLayout`, and whose tail is the same for all heads.
 
-    It offers what `DenseStorage` does; `length` and `read` speak of heads padded to the longest.
+    It offers what `DenseStorage` does, except that its slots are never replaced (a fold makes another); `length` and
+    `read` speak of heads padded to the longest.
 
     Args:
         new_storage: makes the storages it is built of, one for the slots of all rows and heads and one for the tail.

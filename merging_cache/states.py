@@ -3,7 +3,7 @@
 Plain tensors and nothing else: scorers, budgets and mergers know these records and torch, never transformers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,8 +138,8 @@ class LayerStates:
         Of the queries those stay that are real in the first of the rows; call it for rows that are padded alike.
         """
 
-        def take(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[rows].index_select(2, tokens)
+        def take(tensor: Tensor) -> Tensor:
+            return tensor[rows].index_select(2, tokens)
 
         queries, query_positions, hidden = self.queries, self.query_positions, self.hidden_states
         if queries is not None:
@@ -148,19 +148,20 @@ class LayerStates:
         if hidden is not None:
             newest = tokens - (self.num_tokens - hidden.shape[1])
             hidden = hidden[rows].index_select(1, newest[newest >= 0])
-        return replace(
-            self,
-            keys=take(self.keys),
-            values=take(self.values),
-            positions=take(self.positions),
-            log_mass=take(self.log_mass),
-            padding=None,
-            valid=take(self.valid),
+        return self._of_tokens(
+            take,
+            valid=None if self.valid is None else take(self.valid),
             queries=queries,
             query_positions=query_positions,
             hidden_states=hidden,
             statistics=None if self.statistics is None else self.statistics.select(rows, tokens),
         )
+
+    def _of_tokens(self, take: Callable[[Tensor], Tensor], **others: Any) -> "LayerStates":
+        """With what `take` makes of tensors `[B, H, L, ...]`, without padding, and the `others` as they are given."""
+        log_mass = None if self.log_mass is None else take(self.log_mass)
+        keys, values, positions = take(self.keys), take(self.values), take(self.positions)
+        return replace(self, keys=keys, values=values, positions=positions, log_mass=log_mass, padding=None, **others)
 
     @property
     def rows_agree(self) -> bool:
@@ -202,9 +203,7 @@ class LayerStates:
                 yield here, heads, tokens, self._part(row, heads, tokens, None if alike else every[heads])
 
     def _part(self, row: int, heads: slice, tokens: Tensor, named: Tensor | None) -> "LayerStates":
-        def take(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None:
-                return None
+        def take(tensor: Tensor) -> Tensor:
             index = tokens.view(1, *tokens.shape, *[1] * (tensor.dim() - 3))
             return tensor[row : row + 1, heads].gather(2, index.expand(-1, -1, -1, *tensor.shape[3:]))
 
@@ -217,14 +216,10 @@ class LayerStates:
 
         statistics = self.statistics
         if statistics is not None:
-            statistics = Statistics(take(statistics.tokens), tuple(map(group, statistics.queries)))
-        return replace(
-            self,
-            keys=take(self.keys),
-            values=take(self.values),
-            positions=take(self.positions),
-            log_mass=take(self.log_mass),
-            padding=None,
+            tokens_of_part = None if statistics.tokens is None else take(statistics.tokens)
+            statistics = Statistics(tokens_of_part, tuple(map(group, statistics.queries)))
+        return self._of_tokens(
+            take,
             valid=None,
             queries=None if self.queries is None else group(self.queries),
             query_positions=of_row(self.query_positions),

@@ -9,7 +9,8 @@ class DenseStorage:
 
     Appending a token writes one row; once the room is used up a new buffer is made that is 1/16 longer than needed
     (`torch.cat`, as `DynamicCache` does it, reads and writes everything for every token; where gradients are enabled
-    there is no other way). `QuantizedStorage` and `RaggedStorage` offer the same methods.
+    there is no other way). `QuantizedStorage` offers the same methods, `RaggedStorage` all but `hold` and
+    `replace`.
     """
 
     def __init__(self) -> None:

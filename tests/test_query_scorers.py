@@ -4,6 +4,8 @@ import copy
 import json
 import math
 import pickle
+import sys
+import types
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -19,7 +21,7 @@ from merging_cache import SCORERS, LayerStates, MergingConfig, MergingDynamicCac
 from merging_cache.attention import linked_model
 from merging_cache.layer import CROP_TAKES_LENGTH
 from merging_cache.rotary import rotary_of
-from merging_cache.scorers import FastKVzipScorer, KVzapScorer, QFilterScorer
+from merging_cache.scorers import FastKVzipScorer, KVPressScorer, KVzapScorer, QFilterScorer
 from merging_cache.scorers.wrapper import WrappingScorer
 from merging_cache.states import Statistics
 from models import WINDOW, greedy, left_padded, llama, prompt
@@ -185,6 +187,47 @@ def test_pyramidkv_is_snapkv_with_its_budget():
     ids = prompt(LENGTH, 2)
     for mine, snapkv in zip(said(llama(), "pyramidkv", ids), said(llama(), "snapkv", ids), strict=True):
         assert torch.equal(mine[1], snapkv[1])
+
+
+@pytest.fixture
+def press(monkeypatch):
+    """A press with kvpress's interface, where kvpress may not be installed; see test_kvpress.py for its own."""
+    kvpress = types.ModuleType("kvpress")
+
+    class ScorerPress:
+        pass
+
+    class Press(ScorerPress):
+        def score(self, module, hidden_states, keys, values, attentions, kwargs):
+            self.shown = module, hidden_states, module.rotary_emb, kwargs["position_embeddings"]
+            return hidden_states.norm(dim=-1).unsqueeze(1) + keys.norm(dim=-1) * values.norm(dim=-1)
+
+    kvpress.ScorerPress = ScorerPress
+    monkeypatch.setitem(sys.modules, "kvpress", kvpress)
+    return Press()
+
+
+@chunks
+def test_a_press_is_shown_what_it_asks_for(press, chunk):
+    model, ids = llama(), prompt(LENGTH, 2)
+    hidden = hidden_states(model, ids)
+    for index, (states, scores, _) in enumerate(said(model, KVPressScorer(press), ids, chunk)):
+        expected = hidden[index].norm(dim=-1).unsqueeze(1) + states.keys.norm(dim=-1) * states.values.norm(dim=-1)
+        torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-3)
+    module, inputs, rotary, (cos, sin) = press.shown
+    assert module is model.model.layers[1].self_attn
+    assert not hasattr(module, "rotary_emb")  # put there for the press only
+    assert rotary is model.model.rotary_emb
+    last = torch.arange(LENGTH)[None, -inputs.shape[1] :].expand(2, -1)
+    torch.testing.assert_close((cos, sin), rotary(inputs, last))
+    with pytest.raises(TypeError, match="press is 'snapkv'; give a ScorerPress of kvpress"):
+        KVPressScorer("snapkv")
+
+
+def test_a_press_without_kvpress(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kvpress", None)
+    with pytest.raises(ImportError, match="KVPressScorer needs kvpress: pip install kvpress"):
+        KVPressScorer("snapkv")
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])

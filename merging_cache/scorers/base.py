@@ -64,6 +64,13 @@ class FunctionScorer(Scorer):
         return self.function(states)
 
 
+def remembered(states: LayerStates, *shape: int) -> Tensor:
+    """`[B, H, L, *shape]`, a copy of what was kept per token so far: zeros for new tokens, and in the first pass."""
+    if states.statistics is not None:
+        return states.statistics.tokens.clone()
+    return torch.zeros((*states.keys.shape[:3], *shape), device=states.keys.device)
+
+
 def standardized(scores: Tensor) -> Tensor:
     """`[B, H, L]` less the mean and divided by the standard deviation of each row."""
     rows = scores.flatten(1)

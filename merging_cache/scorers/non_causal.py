@@ -8,7 +8,7 @@ from torch.nn.functional import avg_pool1d
 
 from ..stage import option
 from ..states import LayerStates, Statistics
-from .base import Scorer, standardized
+from .base import Scorer, remembered, standardized
 from .once import mean_where_unknown
 
 
@@ -35,9 +35,7 @@ class NonCausalScorer(Scorer):
         return self.chunk_size - 1
 
     def observe(self, states: LayerStates, new: int) -> Statistics:
-        received = torch.zeros(states.keys.shape[:3], device=states.keys.device)
-        if states.statistics is not None:
-            received += states.statistics.tokens
+        received = remembered(states)
         positions = states.query_positions[0]  # rows are alike
         for chunk in torch.unique(positions[len(positions) - new :] // self.chunk_size).tolist():
             self._attend(states, received, chunk)

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..states import LayerStates, Statistics
 from .attention import attention_tiles
-from .base import Scorer
+from .base import Scorer, remembered
 
 
 @dataclass
@@ -23,9 +22,7 @@ class ObservedAttentionScorer(Scorer):
     query_window = 0
 
     def observe(self, states: LayerStates, new: int) -> Statistics:
-        received = torch.zeros((*states.keys.shape[:3], 2), device=states.keys.device)  # attention, queries
-        if states.statistics is not None:
-            received += states.statistics.tokens
+        received = remembered(states, 2)  # attention, queries
         for positions, weights in attention_tiles(states, last=new):
             received[..., 0] += weights.mean(dim=2).sum(dim=2)
             received[..., 1] += (states.positions.unsqueeze(3) <= positions[:, None, None]).sum(dim=3)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..states import LayerStates, Statistics
-from .base import Scorer
+from .base import Scorer, remembered
 
 
 class OnceScorer(Scorer):
@@ -17,9 +17,7 @@ class OnceScorer(Scorer):
         """The scores `[B, H, new]` of the last `new` tokens, which have just been observed."""
 
     def observe(self, states: LayerStates, new: int) -> Statistics:
-        scored = torch.zeros((*states.keys.shape[:3], 2), device=states.keys.device)  # score, whether there is one
-        if states.statistics is not None:
-            scored += states.statistics.tokens
+        scored = remembered(states, 2)  # score, whether there is one
         first = states.num_tokens - new
         scored[:, :, first:, 0], scored[:, :, first:, 1] = self.score_new(states, new).float(), 1.0
         return Statistics(tokens=scored)
