@@ -13,6 +13,7 @@ from torch import Tensor
 from .budgets import Budget
 from .mergers import Merger
 from .scorers import Scorer
+from .stage import Stage
 from .states import LayerStates, Slots, Statistics, Survivors
 
 
@@ -54,33 +55,39 @@ class Fold:
     @property
     def observes(self) -> bool:
         """Whether anything has to be remembered of the passes of a prompt."""
-        return self.query_window > 0 or type(self.scorer).observe is not Scorer.observe
+        return any(stage.observes for stage in self.stages.values())
 
     @property
     def needs_attention(self) -> bool:
         """Whether keys and values are not enough: something is to be seen, or masks are to be fitted."""
-        return self.budget.ragged or any(stage.needs_attention for stage in self.stages.values())
+        return self.fits_masks or any(stage.needs_attention for stage in self.stages.values())
 
     # Observing --------------------------------------------------------------------------------------------------------
 
-    def observe(self, states: LayerStates, new: int) -> Statistics | None:
-        """What the scorer remembers after a pass whose tokens are the last `new` of `states`; see `Scorer.observe`."""
+    def observe(self, states: LayerStates, new: int) -> dict[str, Statistics]:
+        """What each stage remembers after a pass whose tokens are the last `new` of `states`; see `Stage.observe`."""
+        observed = {
+            name: self._observe(stage, states.for_stage(name), new)
+            for name, stage in self.stages.items()
+            if stage.observes
+        }
+        return {name: statistics for name, statistics in observed.items() if statistics is not None}
+
+    def _observe(self, stage: Stage, states: LayerStates, new: int) -> Statistics | None:
         if states.rows_agree:
-            return self._observe_rows(states, new)
+            return self._observe_rows(stage, states, new)
         first_new = states.num_tokens - new
         parts = []
         for rows, tokens in states.rows_alike():
             if len(tokens):
                 alone = states.select(rows, tokens)
-                parts.append((rows, tokens, self._observe_rows(alone, int((tokens >= first_new).sum()))))
+                parts.append((rows, tokens, self._observe_rows(stage, alone, int((tokens >= first_new).sum()))))
         return _assemble_statistics(states, ((rows, slice(None), tokens, part) for rows, tokens, part in parts))
 
-    def _observe_rows(self, states: LayerStates, new: int) -> Statistics | None:
+    def _observe_rows(self, stage: Stage, states: LayerStates, new: int) -> Statistics | None:
         if states.valid is None:
-            return self.scorer.observe(states, new)
-        parts = [
-            (row, heads, tokens, self.scorer.observe(part, new)) for row, heads, tokens, part in states.rectangles()
-        ]
+            return stage.observe(states, new)
+        parts = [(row, heads, tokens, stage.observe(part, new)) for row, heads, tokens, part in states.rectangles()]
         return _assemble_statistics(states, parts)
 
     # Folding ----------------------------------------------------------------------------------------------------------
@@ -88,7 +95,7 @@ class Fold:
     @property
     def fits_masks(self) -> bool:
         """Whether a layer's slots are laid out without regard to the mask that transformers makes for all layers."""
-        return self.budget.ragged
+        return self.budget.ragged or self.merger.has_mass
 
     def is_due(self, num_tokens: int, seen: int, num_slots: int) -> bool:
         """Whether a layer that stores `num_tokens` of `seen` tokens is to be folded, all layers to `num_slots`.
@@ -176,9 +183,10 @@ class Fold:
         return _assemble_slots(states, parts)
 
     def _merge(self, states: LayerStates, survivors: Survivors, scores: Tensor) -> Slots:
-        survivors = replace(survivors, protected=scores.gather(2, survivors.indices).isposinf())
-        slots = self.merger.merge(states, survivors)
-        tokens = None if states.statistics is None else states.statistics.tokens
+        kept = scores.gather(2, survivors.indices)
+        survivors = replace(survivors, protected=kept.isposinf(), scores=kept)
+        slots = self.merger.merge(states.for_stage("merger"), survivors)
+        tokens = states.remembered.get("scorer", Statistics()).tokens
         if tokens is None:
             return slots
         index = survivors.indices.view(*survivors.indices.shape, *[1] * (tokens.dim() - 3))
@@ -196,7 +204,7 @@ class Fold:
     def _score_heads(self, states: LayerStates) -> Tensor:
         name = self.scorer.stage_name
         versions = _versions(states)
-        scores = self.scorer.score(states)
+        scores = self.scorer.score(states.for_stage("scorer"))
         if _versions(states) != versions:
             raise ValueError(f"scorer {name} changed keys or values in place; they are the cache's own, so copy them")
         if not isinstance(scores, Tensor) or scores.shape != states.keys.shape[:3]:
@@ -247,7 +255,7 @@ def check_finite(states: LayerStates) -> None:
 def _keep_everything(states: LayerStates) -> Slots:
     every = torch.arange(states.num_tokens, device=states.keys.device).expand(states.positions.shape)
     slots = Slots.of_survivors(states, Survivors(every))
-    tokens = None if states.statistics is None else states.statistics.tokens
+    tokens = states.remembered.get("scorer", Statistics()).tokens
     return replace(slots, valid=states.valid, statistics=tokens)
 
 

@@ -6,7 +6,7 @@ how tokens are scored, chosen and merged (`fold.py`) or of the precision they ar
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from .config import MergingConfig
 from .observed import Observed, Owner
 from .padding import Padding
 from .ragged import RaggedLayout, RaggedStorage
-from .rotary import rotary_of
+from .rotary import Rotary, rotary_of
 from .states import LayerStates, Slots
 from .storage import DenseStorage
 
@@ -289,14 +289,23 @@ class MergingLayer(DynamicLayer):
         """Note which attention module this is, and check that it gives what the stages need."""
         stages = self._fold.stages.values()
         if module is not self._observed.owner.module:
-            rotary = rotary_of(module) if any(stage.needs_rotary for stage in stages) else None
-            self._observed.owner = Owner(module, rotary)
+            self._observed.owner = Owner(module, self._rotary_of(module))
         self._observed.scaling = scaling
         if hidden_states is None and any(stage.needs_hidden_states for stage in stages):
             raise ValueError(
                 f"{self._fold.scorer.stage_name} must see the hidden states of {self._link.model_name}, but layer "
                 f"{self.layer_idx} was given none. Give the cache the model, {self._link.cache_name}(model=model, ...)"
             )
+
+    def _rotary_of(self, module: torch.nn.Module) -> Rotary | None:
+        """The module's rotary embedding, if a stage asks for it."""
+        stages = self._fold.stages.values()
+        if any(stage.needs_rotary for stage in stages):
+            return rotary_of(module)
+        if any(stage.uses_rotary for stage in stages):
+            with suppress(ValueError):
+                return rotary_of(module)
+        return None
 
     def _by_stored_head(self, query: Tensor, key: Tensor, stored: Tensor) -> Tensor:
         """The query heads in the order of the stored KV heads that they read.
@@ -380,7 +389,7 @@ class MergingLayer(DynamicLayer):
             queries=observed.queries,
             query_positions=query_positions,
             hidden_states=observed.hidden_states,
-            statistics=None if observed.statistics is None else observed.statistics.resized(self.num_stored),
+            remembered={name: one.resized(self.num_stored) for name, one in observed.remembered.items()},
             module=observed.owner.module,
             rotary=observed.owner.rotary,
             scaling=observed.scaling,
@@ -399,7 +408,8 @@ class MergingLayer(DynamicLayer):
     def _replace(self, slots: Slots) -> None:
         """Store folded slots in place of everything."""
         self._slot_positions = slots.positions.int()  # 4 bytes a slot; a view of 8 would count against small heads
-        self._slot_log_mass = slots.log_mass
+        log_mass = slots.log_mass if slots.log_mass is not None and slots.log_mass.any() else None
+        self._slot_log_mass = log_mass
         if slots.valid is None:
             if self._layout is not None:
                 self._storage = self._new_storage()
@@ -408,7 +418,7 @@ class MergingLayer(DynamicLayer):
             layout = RaggedLayout.of_valid(slots.valid)
             self._storage = RaggedStorage(self._new_storage, layout, slots.keys, slots.values)
             self._slot_positions = self._slot_positions[slots.valid]
-            self._slot_log_mass = None if slots.log_mass is None else slots.log_mass[slots.valid]
+            self._slot_log_mass = None if log_mass is None else log_mass[slots.valid]
         self._observed.refer_to_slots(slots.statistics)
         self.num_slots = slots.keys.shape[2]
         first = self.num_merged is None

@@ -37,7 +37,7 @@ class Observed:
         positions: `[n]`, their positions in the (padded) sequence.
         new: how many of the queries came with passes that are not digested.
         hidden_states: `[B, new, hidden]`, the input of these passes' attention.
-        statistics: what the scorer remembers.
+        remembered: what each stage remembers, by the stage's name.
         until: the number of tokens seen when the last pass was digested.
     """
 
@@ -47,7 +47,7 @@ class Observed:
     positions: Tensor | None = None
     new: int = 0
     hidden_states: Tensor | None = None
-    statistics: Statistics | None = None
+    remembered: dict[str, Statistics] = field(default_factory=dict)
     until: int = 0
 
     def receive(self, queries: Tensor, first: int, hidden_states: Tensor | None) -> None:
@@ -64,7 +64,7 @@ class Observed:
     def digest(self, fold: Fold, states: LayerStates) -> None:
         """Let the scorer observe what was received since, then keep no more queries than the window."""
         if self.new:
-            self.statistics = fold.observe(states, self.new)
+            self.remembered = fold.observe(states, self.new)
             self.until = int(self.positions[-1]) + 1
         self.new, self.hidden_states = 0, None
         if self.queries is not None and self.queries.shape[2] > fold.query_window:
@@ -81,8 +81,7 @@ class Observed:
             self.new = max(0, self.new - gone)
             if self.hidden_states is not None:
                 self.hidden_states = self.hidden_states[:, : self.new]
-        if self.statistics is not None:
-            self.statistics = self.statistics.resized(stored)
+        self.remembered = {name: statistics.resized(stored) for name, statistics in self.remembered.items()}
 
     def select_rows(self, indices: Tensor) -> None:
         """Make row `indices[i]` of the batch row i."""
@@ -90,21 +89,22 @@ class Observed:
             self.queries = self.queries.index_select(0, indices.to(self.queries.device))
         if self.hidden_states is not None:
             self.hidden_states = self.hidden_states.index_select(0, indices.to(self.hidden_states.device))
-        if self.statistics is not None:
-            self.statistics = self.statistics.select(indices.to(self._device))
+        self.remembered = {
+            name: statistics.select(indices.to(statistics.device)) for name, statistics in self.remembered.items()
+        }
 
     @property
-    def _device(self) -> torch.device:
-        held = self.statistics.tokens if self.statistics.tokens is not None else self.statistics.queries[0]
-        return held.device
+    def statistics(self) -> Statistics | None:
+        """What the scorer remembers."""
+        return self.remembered.get("scorer")
 
     def refer_to_slots(self, statistics: Tensor | None) -> None:
         """After a fold: what the scorer keeps per token is now `[B, H, K, ...]`, that of the slots."""
         if self.statistics is not None:
-            self.statistics = replace(self.statistics, tokens=statistics)
+            self.remembered = self.remembered | {"scorer": replace(self.statistics, tokens=statistics)}
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        held = (self.queries, self.positions, self.hidden_states, self.statistics)
+        held = (self.queries, self.positions, self.hidden_states, *self.remembered.values())
         return sum(part.nbytes for part in held if part is not None)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from .states import LayerStates, Statistics
+
 Kind = TypeVar("Kind", bound="Stage")
 Spec = str | Mapping[str, Any]
 
@@ -29,11 +31,28 @@ class Stage:
     """True if `observe` reads `states.hidden_states`."""
     needs_rotary: bool = False
     """True if the stage reads `states.rotary`."""
+    uses_rotary: bool = False
+    """True if the stage reads `states.rotary` where it can be made out, and can do without."""
     needs_module: bool = False
     """True if the stage reads `states.module`."""
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    def observe(self, states: LayerStates, new: int) -> Statistics | None:
+        """Remember something about a pass of the prompt, so that nothing of its length need be kept until the fold.
+
+        Called after the attention of each pass over several tokens with all stored tokens, the last `new` of which came
+        with it. `states.queries` then holds the query window of earlier passes followed by all queries of this one,
+        `states.hidden_states` those of the new tokens, `states.statistics` what the last call returned (with zeros for
+        new tokens). What is returned comes back in `states.statistics`, here and when the stage is run.
+        """
+        return None
+
+    @property
+    def observes(self) -> bool:
+        """Whether the stage has to be shown the passes of a prompt."""
+        return self.needs_queries or type(self).observe is not Stage.observe
 
     @property
     def stage_name(self) -> str:

@@ -3,8 +3,8 @@
 Plain tensors and nothing else: scorers, budgets and mergers know these records and torch, never transformers.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,9 +41,31 @@ class Statistics:
         return replace(self, tokens=torch.cat([kept, new], dim=2))
 
     @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return (self.queries[0] if self.tokens is None else self.tokens).device
+
+    @property
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(tensor.nbytes for tensor in (self.tokens, *self.queries) if tensor is not None)
+
+
+@dataclass(frozen=True)
+class ReferenceQueries:
+    """Queries that stand for those to come: what a fold changes is judged by what it changes for them.
+
+    Args:
+        queries: `[B, Hq, n, D]`, after RoPE.
+        positions: `[B, n]`, where they are in the row; they see the tokens up to there.
+    """
+
+    queries: Tensor
+    positions: Tensor
+
+    def pick(self, index: Tensor) -> "ReferenceQueries":
+        """Only those of these indices."""
+        return ReferenceQueries(self.queries[:, :, index], self.positions[:, index])
 
 
 @dataclass(frozen=True)
@@ -65,7 +87,9 @@ class LayerStates:
             `h * G + G - 1` read KV head `h`, with `G = Hq / H`.
         query_positions: `[B, n]` (or `[n]` where rows agree), their positions; negative where one is padding.
         hidden_states: `[B, q, hidden]`, the attention's input for the newest tokens, or `None`.
-        statistics: what the scorer has observed, see `Scorer.observe`.
+        statistics: what the stage that is called has observed, see `Stage.observe`.
+        remembered: what each stage has, by the stage's name: `"scorer"`, `"merger"`.
+        reference: queries to judge a fold by, where a merger hands them to another.
         module: the attention module, where the model is known.
         scaling: the factor on the attention logits; `None` for `1 / sqrt(D)`.
         rotary: the layer's rotary embedding, where the scorer asked for it.
@@ -89,6 +113,8 @@ class LayerStates:
     query_positions: Tensor | None = None
     hidden_states: Tensor | None = None
     statistics: Statistics | None = None
+    remembered: Mapping[str, Statistics] = field(default_factory=dict)
+    reference: "ReferenceQueries | None" = None
     module: torch.nn.Module | None = None
     scaling: float | None = None
     rotary: Any = None
@@ -132,6 +158,10 @@ class LayerStates:
         """The factor on the attention logits."""
         return self.keys.shape[3] ** -0.5 if self.scaling is None else self.scaling
 
+    def for_stage(self, name: str) -> "LayerStates":
+        """As the stage of this name sees it, with its own statistics."""
+        return replace(self, statistics=self.remembered.get(name))
+
     def select(self, rows: Tensor, tokens: Tensor) -> "LayerStates":
         """The states of these `rows` (indices) and `tokens` (indices, ascending), without padding.
 
@@ -155,6 +185,7 @@ class LayerStates:
             query_positions=query_positions,
             hidden_states=hidden,
             statistics=None if self.statistics is None else self.statistics.select(rows, tokens),
+            remembered={name: one.select(rows, tokens) for name, one in self.remembered.items()},
         )
 
     def _of_tokens(self, take: Callable[[Tensor], Tensor], **others: Any) -> "LayerStates":
@@ -214,17 +245,18 @@ class LayerStates:
         def of_row(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor[row : row + 1]
 
-        statistics = self.statistics
-        if statistics is not None:
+        def of_part(statistics: Statistics) -> Statistics:
             tokens_of_part = None if statistics.tokens is None else take(statistics.tokens)
-            statistics = Statistics(tokens_of_part, tuple(map(group, statistics.queries)))
+            return Statistics(tokens_of_part, tuple(map(group, statistics.queries)))
+
         return self._of_tokens(
             take,
             valid=None,
             queries=None if self.queries is None else group(self.queries),
             query_positions=of_row(self.query_positions),
             hidden_states=of_row(self.hidden_states),
-            statistics=statistics,
+            statistics=None if self.statistics is None else of_part(self.statistics),
+            remembered={name: of_part(one) for name, one in self.remembered.items()},
             heads=self.heads if named is None else named,
             num_heads=self.keys.shape[1] if named is not None and self.num_heads is None else self.num_heads,
         )
@@ -239,11 +271,13 @@ class Survivors:
         valid: `[B, H, K]` bool, False where a head has fewer than K slots (its first ones then); `None` where every
             slot is real.
         protected: `[B, H, K]` bool, True for sinks and recent tokens, into which nothing is merged; `None` for none.
+        scores: `[B, H, K]`, those by which they were chosen; `None` where that is not told.
     """
 
     indices: Tensor
     valid: Tensor | None = None
     protected: Tensor | None = None
+    scores: Tensor | None = None
 
     @classmethod
     def of_mask(cls, kept: Tensor) -> "Survivors":

@@ -12,6 +12,9 @@ class Merger(Stage, ABC):
     merges_values: bool = True
     """False if values are stored as they came, which is all that multi-head latent attention allows."""
 
+    has_mass: bool = False
+    """True if slots draw the attention of all tokens they stand for (`Slots.log_mass`), which needs the model."""
+
     @abstractmethod
     def merge(self, states: LayerStates, survivors: Survivors) -> Slots:
         """Fold the evicted tokens of `states` into `survivors`. What it returns owns its memory."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..stage import Stage
-from ..states import LayerStates, Statistics
+from ..states import LayerStates
 
 
 class Scorer(Stage, ABC):
@@ -38,16 +38,6 @@ class Scorer(Stage, ABC):
     @abstractmethod
     def score(self, states: LayerStates) -> Tensor:
         """The importance of every token, `[B, H, L]`, higher is kept; ties go to the later token."""
-
-    def observe(self, states: LayerStates, new: int) -> Statistics | None:
-        """Remember something about a pass of the prompt, so that nothing of its length need be kept until the fold.
-
-        Called after the attention of each pass over several tokens with all stored tokens, the last `new` of which came
-        with it. `states.queries` then holds the query window of earlier passes followed by all queries of this one,
-        `states.hidden_states` those of the new tokens, `states.statistics` what the last call returned (with zeros for
-        new tokens). What is returned comes back in `states.statistics`, here and in `score`.
-        """
-        return None
 
 
 @dataclass
