@@ -303,14 +303,23 @@ def config_of(config: PreTrainedConfig | None, model: PreTrainedModel | None) ->
     return model.config
 
 
+# DiffLlama pairs each head's keys with another's values; Doge masks tokens by all heads' values together
+MIXES_HEADS = ("diffllama", "doge")
+
+
 def check_supported(config: PreTrainedConfig, merging: MergingConfig) -> None:
     """Refuse models whose attention would go wrong on folded slots, from what their config tells.
 
     Raises:
-        ValueError: for a bias or a window by the distance of a key's place in the cache, which is no longer the
-            distance of its token; and for merging the values of multi-head latent attention (MLA), which carry rotary
-            positions.
+        ValueError: for attention that reads several KV heads' states at one place together; for a bias or a window by
+            the distance of a key's place in the cache, which is no longer the distance of its token; and for merging
+            the values of multi-head latent attention (MLA), which carry rotary positions.
     """
+    if config.model_type in MIXES_HEADS:
+        raise ValueError(
+            f"{config.model_type} reads the values of several KV heads together, but after a fold every head stores "
+            "other tokens. Use compression_ratio=0, or another model"
+        )
     relative = ("relative_attention_num_buckets", "rel_extent")  # T5 and its kin, Inkling
     attention = getattr(config, "attn_config", None)  # MPT
     alibi = config.model_type == "bloom" or getattr(config, "alibi", False) or getattr(attention, "alibi", False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .budgets import BUDGETS, Budget
 from .fold import Fold
 from .mergers import MERGERS, Merger
-from .scorers import SCORERS, FunctionScorer, Scorer
+from .scorers import SCORERS, Scorer, build_scorer
 from .stage import Spec, build_stage, check_choice, check_number, describe_stage
 from .states import LayerStates
 
@@ -88,8 +88,7 @@ class MergingConfig:
                 object.__setattr__(self, field, int(count))
         check_choice("fold_at", self.fold_at, FOLD_AT)
         if self.budget is None:
-            scorer = build_stage("scorer", self._scorer, SCORERS, Scorer)
-            object.__setattr__(self, "budget", scorer.default_budget)
+            object.__setattr__(self, "budget", build_scorer(self.scorer).default_budget)
         self.build()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MergingConfig":
@@ -104,18 +103,12 @@ class MergingConfig:
     def build(self) -> Fold:
         """The fold this config describes."""
         return Fold(
-            scorer=build_stage("scorer", self._scorer, SCORERS, Scorer),
+            scorer=build_scorer(self.scorer),
             budget=build_stage("budget", self.budget, BUDGETS, Budget),
             merger=build_stage("merger", self.merger, MERGERS, Merger),
             sink_tokens=self.sink_tokens,
             recent_tokens=self.recent_tokens,
         )
-
-    @property
-    def _scorer(self) -> Spec | Scorer:
-        """The scorer, a plain callable made into one."""
-        function = callable(self.scorer) and not isinstance(self.scorer, (Scorer, type))
-        return FunctionScorer(self.scorer) if function else self.scorer
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "MergingConfig":
@@ -142,7 +135,10 @@ class MergingConfig:
     @classmethod
     def from_json_file(cls, path: str | Path) -> "MergingConfig":
         """Read a config written by `to_json_file` or by hand."""
-        options = json.loads(Path(path).read_text(encoding="utf-8"))
+        try:
+            options = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} could not be read as a merging config in JSON: {error}") from error
         if not isinstance(options, dict):
             raise ValueError(f"{path} holds a JSON {type(options).__name__}; a merging config is an object of options")
         return cls.from_dict(options)
@@ -160,7 +156,16 @@ class MergingConfig:
                     f"{field} is {options[field]!r}, which JSON cannot hold; make its class a dataclass and add it "
                     f"to the table of {field}s (merging_cache.{field}s.{field.upper()}S) under a name first"
                 )
-        Path(path).write_text(json.dumps(options, indent=2) + "\n", encoding="utf-8")
+        try:
+            text = json.dumps(options, indent=2)
+        except TypeError as error:
+            raise ValueError(f"the config holds what JSON cannot: {error}; give stages as names and dicts") from error
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def _own_budget(scorer: Any) -> Any:
+    """The budget that a config names where its scorer, but no budget, is given."""
+    return MergingConfig().budget if scorer is None else MergingConfig(scorer=scorer).budget
 
 
 def resolve_config(
@@ -180,6 +185,8 @@ def resolve_config(
             f"merging is {merging!r}; give a MergingConfig, a dict of its fields or a path to its JSON file"
         )
     merged = dict(merging)
+    if "scorer" in options and "budget" not in options and merged.get("budget") == _own_budget(merged.get("scorer")):
+        merged.pop("budget", None)  # it came with the scorer that is replaced
     sizes = ("compression_ratio", "max_tokens")
     if sum(options.get(size) is not None for size in sizes) == 1:  # the one given replaces the other
         for size in sizes:

@@ -189,7 +189,8 @@ class Fold:
         tokens = states.remembered.get("scorer", Statistics()).tokens
         if tokens is None:
             return slots
-        index = survivors.indices.view(*survivors.indices.shape, *[1] * (tokens.dim() - 3))
+        named = survivors.indices if slots.tokens is None else slots.tokens
+        index = named.view(*named.shape, *[1] * (tokens.dim() - 3))
         return replace(slots, statistics=tokens.gather(2, index.expand(-1, -1, -1, *tokens.shape[3:])))
 
     def _score(self, states: LayerStates) -> Tensor:

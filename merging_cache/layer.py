@@ -197,7 +197,7 @@ class MergingLayer(DynamicLayer):
         self.seen += new
         self._shape = (key_states.shape[0], key_states.shape[1])
         self._dims = (key_states.shape[3], value_states.shape[3])
-        is_prompt = new > 1 and not self._drafting
+        is_prompt = (new > 1 or before == 0) and not self._drafting  # the first token of all is a prompt, too
         keys, values = self._storage.read()
         is_prompt = is_prompt and self._config.compression_ratio != 0
         if is_prompt and self._fold.is_due(self.num_stored, self.seen, self._config.num_slots(self.seen)):
@@ -215,7 +215,7 @@ class MergingLayer(DynamicLayer):
             except Exception:
                 self._take_back(before, new)
                 raise
-        elif not self._fold_due and not self.record_past:
+        elif not self._fold_due and not self.record_past and (new == 1 or self._config.fold_at == "prefill"):
             self._storage.settle()
         return keys, values
 
@@ -261,6 +261,12 @@ class MergingLayer(DynamicLayer):
             return
         keys, values = prompt
         new = query.shape[2]
+        if self._fold.fits_masks and key.shape[1] != keys.shape[1]:
+            raise ValueError(
+                f"layer {self.layer_idx} of {self._link.model_name} caches {keys.shape[1]} KV heads but attends to "
+                f"{key.shape[1]}, in an order of its own, so nothing can be added to the logits of one head; choose "
+                "budget='uniform' and a merger without mass, such as 'similarity'"
+            )
         self._padding.observe(None if visible is None else ~visible[:, -new:], self.seen - new, query.shape[0])
         self._meet(module, scaling, hidden_states)
         if self._fold.observes:
@@ -269,15 +275,13 @@ class MergingLayer(DynamicLayer):
                 self._observed.receive(queries, self.seen - new, hidden_states)
                 if not self.record_past:
                     self._observed.digest(self._fold, self._states(keys, values))
-        if not self.record_past:
-            if self._config.fold_at == "prefill":
-                try:
-                    self._fold_if_due(keys, values)
-                except Exception:
-                    self._take_back(self.num_stored - new, new)
-                    raise
-            if not self._fold_due:
-                self._storage.settle()
+        if not self.record_past and self._config.fold_at == "prefill":
+            try:
+                self._fold_if_due(keys, values)
+            except Exception:
+                self._take_back(self.num_stored - new, new)
+                raise
+            self._storage.settle()
 
     @contextmanager
     def _in_full_precision(self) -> Iterator[None]:
@@ -378,7 +382,7 @@ class MergingLayer(DynamicLayer):
                 padding = padding if padding.any() else None
         observed, query_positions = self._observed, None
         if observed.queries is not None:
-            query_positions = self._padding.row_positions(observed.positions.expand(self._shape[0], -1))
+            query_positions = self._padding.row_positions(observed.positions)
         return LayerStates(
             keys=keys,
             values=values,

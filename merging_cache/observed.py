@@ -34,7 +34,7 @@ class Observed:
     Args:
         owner, scaling: the attention module (with its rotary embedding) and its factor on the logits.
         queries: `[B, Hq, n, D]`, those of the passes that are not digested, after the query window before them.
-        positions: `[n]`, their positions in the (padded) sequence.
+        positions: `[B, n]`, their positions in the (padded) sequence.
         new: how many of the queries came with passes that are not digested.
         hidden_states: `[B, new, hidden]`, the input of these passes' attention.
         remembered: what each stage remembers, by the stage's name.
@@ -53,10 +53,10 @@ class Observed:
     def receive(self, queries: Tensor, first: int, hidden_states: Tensor | None) -> None:
         """Take the queries `[B, Hq, q, D]` of a pass whose first token is at position `first`."""
         self.new += queries.shape[2]
-        positions = torch.arange(first, first + queries.shape[2], device=queries.device)
+        positions = torch.arange(first, first + queries.shape[2], device=queries.device).expand(len(queries), -1)
         if self.queries is not None:
             queries = torch.cat([self.queries, queries], dim=2)
-            positions = torch.cat([self.positions, positions])
+            positions = torch.cat([self.positions, positions], dim=1)
         if self.hidden_states is not None:
             hidden_states = torch.cat([self.hidden_states, hidden_states], dim=1)
         self.queries, self.positions, self.hidden_states = queries, positions, hidden_states
@@ -65,19 +65,22 @@ class Observed:
         """Let the scorer observe what was received since, then keep no more queries than the window."""
         if self.new:
             self.remembered = fold.observe(states, self.new)
-            self.until = int(self.positions[-1]) + 1
+            self.until = int(self.positions[:, -self.new :].max()) + 1
         self.new, self.hidden_states = 0, None
         if self.queries is not None and self.queries.shape[2] > fold.query_window:
-            last = slice(self.queries.shape[2] - fold.query_window, None)
-            self.queries = self.queries[:, :, last].clone()
-            self.positions = self.positions[last].clone()
+            # the last ones of each row that are not padding, in their order
+            real = (states.query_positions >= 0).to(torch.uint8)
+            last = real.sort(dim=1, stable=True).indices[:, real.shape[1] - fold.query_window :]
+            self.positions = self.positions.gather(1, last)
+            index = last[:, None, :, None].expand(-1, self.queries.shape[1], -1, self.queries.shape[3])
+            self.queries = self.queries.gather(2, index)
 
     def truncate(self, seen: int, stored: int) -> None:
         """Forget tokens at positions from `seen` on, of which `stored` are left."""
         if self.queries is not None:
-            keep = int((self.positions < seen).sum())
-            gone = self.queries.shape[2] - keep
-            self.queries, self.positions = self.queries[:, :, :keep], self.positions[:keep]
+            gone = int((self.positions[0] >= seen).sum())  # these came last, in all rows
+            keep = self.queries.shape[2] - gone
+            self.queries, self.positions = self.queries[:, :, :keep], self.positions[:, :keep]
             self.new = max(0, self.new - gone)
             if self.hidden_states is not None:
                 self.hidden_states = self.hidden_states[:, : self.new]
@@ -87,6 +90,7 @@ class Observed:
         """Make row `indices[i]` of the batch row i."""
         if self.queries is not None:
             self.queries = self.queries.index_select(0, indices.to(self.queries.device))
+            self.positions = self.positions.index_select(0, indices.to(self.positions.device))
         if self.hidden_states is not None:
             self.hidden_states = self.hidden_states.index_select(0, indices.to(self.hidden_states.device))
         self.remembered = {

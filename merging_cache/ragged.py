@@ -106,9 +106,28 @@ class RaggedStorage:
 
     def select_rows(self, indices: Tensor) -> None:
         """Make row `indices[i]` of the batch row i."""
+        self._free_rows(indices)
         self.layout = self.layout.select_rows(indices)
         if self.tail.length:
             self.tail.select_rows(indices)
+
+    def _free_rows(self, kept: Tensor) -> None:
+        """Give back the memory of rows that are not among the `kept`, where that is worth copying the others.
+
+        What is quantized stays: it was packed in one piece.
+        """
+        starts, lengths = self.layout.starts, self.layout.lengths
+        used = torch.zeros(len(lengths), dtype=torch.bool, device=lengths.device)
+        used[kept.to(lengths.device)] = True
+        if not isinstance(self.slots, DenseStorage) or 2 * int(lengths[used].sum()) > self.slots.length:
+            return
+        slots = zip(starts[used].flatten().tolist(), lengths[used].flatten().tolist(), strict=True)
+        flat = torch.cat([torch.arange(first, first + count, device=starts.device) for first, count in slots])
+        keys, values = self.slots.read()
+        self.slots.replace(keys[:, :, flat], values[:, :, flat])
+        stored = lengths * used.unsqueeze(1)
+        ends = stored.flatten().cumsum(0).view_as(lengths)
+        self.layout = RaggedLayout(ends - stored, lengths, self.layout.longest)
 
     def to(self, device: torch.device | str) -> None:
         """Move everything to `device`."""

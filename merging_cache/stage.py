@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import types
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -104,6 +105,8 @@ def check_number(
     """Refuse what is not a whole number (or for `float`, any real number), or lies out of bounds."""
     if isinstance(value, bool) or not isinstance(value, Real if kind is float else Integral):
         raise TypeError(f"{field} is {value!r}; it must be {'a number' if kind is float else 'an integer'}")
+    if math.isnan(value):
+        raise ValueError(f"{field} is {value}; it must be a number")
     if minimum is not None and not value >= minimum:  # NaN is refused too
         raise ValueError(f"{field} is {value}; it must be at least {minimum}")
     if maximum is not None and not value <= maximum:
@@ -125,6 +128,7 @@ def build_stage(field: str, spec: Any, table: dict[str, type[Kind]], kind: type[
     if not isinstance(spec, Mapping):
         raise TypeError(
             f"{field} is {spec!r}; give a name, a dict with a name and options, or a {kind.__name__} object"
+            + (", or a function of a layer's states" if field == "scorer" else "")
         )
     options = dict(spec)
     name = options.pop("name", None)

@@ -3,8 +3,8 @@
 Plain tensors and nothing else: scorers, budgets and mergers know these records and torch, never transformers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -188,6 +188,31 @@ class LayerStates:
             remembered={name: one.select(rows, tokens) for name, one in self.remembered.items()},
         )
 
+    def of_heads(self, heads: slice) -> "LayerStates":
+        """Only these KV heads, with the query heads that read them."""
+
+        def group(tensor: Tensor) -> Tensor:
+            size = tensor.shape[1] // self.keys.shape[1]
+            return tensor.unflatten(1, (-1, size))[:, heads].flatten(1, 2)
+
+        def of_part(statistics: Statistics) -> Statistics:
+            tokens = None if statistics.tokens is None else statistics.tokens[:, heads]
+            return Statistics(tokens, tuple(map(group, statistics.queries)))
+
+        every = torch.arange(self.keys.shape[1], device=self.keys.device) if self.heads is None else self.heads
+        reference = self.reference
+        if reference is not None:
+            reference = ReferenceQueries(group(reference.queries), reference.positions)
+        return self._of_tokens(
+            lambda tensor: tensor[:, heads],
+            queries=None if self.queries is None else group(self.queries),
+            statistics=None if self.statistics is None else of_part(self.statistics),
+            remembered={name: of_part(one) for name, one in self.remembered.items()},
+            reference=reference,
+            heads=every[heads],
+            num_heads=self.keys.shape[1] if self.num_heads is None else self.num_heads,
+        )
+
     def _of_tokens(self, take: Callable[[Tensor], Tensor], **others: Any) -> "LayerStates":
         """With what `take` makes of tensors `[B, H, L, ...]`, without padding, and the `others` as they are given."""
         log_mass = None if self.log_mass is None else take(self.log_mass)
@@ -279,6 +304,11 @@ class Survivors:
     protected: Tensor | None = None
     scores: Tensor | None = None
 
+    def of_heads(self, heads: slice) -> "Survivors":
+        """Those of these KV heads."""
+        parts = (self.indices, self.valid, self.protected, self.scores)
+        return Survivors(*(None if part is None else part[:, heads] for part in parts))
+
     @classmethod
     def of_mask(cls, kept: Tensor) -> "Survivors":
         """The survivors of `[B, H, L]` bool, True for tokens that keep their slot."""
@@ -313,6 +343,7 @@ class Slots:
         valid: `[B, H, K]` bool, True for the slots that exist where heads have different numbers of them, which are
             the last ones of each head; `None` where all do.
         statistics: `[B, H, K, ...]`, what the scorer keeps for each slot's token, or `None`.
+        tokens: `[B, H, K]`, which stored token each slot is named after, where that is not the survivor.
     """
 
     keys: Tensor
@@ -323,6 +354,24 @@ class Slots:
     log_mass: Tensor | None = None
     valid: Tensor | None = None
     statistics: Tensor | None = None
+    tokens: Tensor | None = None
+
+    @classmethod
+    def cat(cls, parts: Sequence["Slots"]) -> "Slots":
+        """The slots of some heads after another, all with as many."""
+        if len(parts) == 1:
+            return parts[0]
+        joined = {}
+        for one in fields(cls):
+            tensors = [getattr(part, one.name) for part in parts]
+            if any(tensor is not None for tensor in tensors):
+                like = next(tensor for tensor in tensors if tensor is not None)
+                missing = [
+                    torch.zeros_like(like[:, :1]).expand(-1, part.keys.shape[1], *like.shape[2:]) for part in parts
+                ]
+                tensors = [m if t is None else t for t, m in zip(tensors, missing, strict=True)]
+                joined[one.name] = torch.cat(tensors, dim=1)
+        return cls(**joined)
 
     @classmethod
     def of_survivors(cls, states: LayerStates, survivors: Survivors) -> "Slots":

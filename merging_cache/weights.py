@@ -57,7 +57,10 @@ class Weights:
             raise ValueError(f"{self.name} holds {[file.name for file in files]}; name one of these files")
         tensors: dict[str, Tensor] = {}
         for file in files:
-            tensors |= load_file(file) if file.suffix == ".safetensors" else _load_modules(file)
+            try:
+                tensors |= load_file(file) if file.suffix == ".safetensors" else _load_modules(file)
+            except Exception as error:
+                raise ValueError(f"{file} could not be read as weights: {error}") from error
         return tensors
 
     def under(self, prefix: str, like: Tensor) -> dict[str, Tensor]:

@@ -529,6 +529,62 @@ def test_mass_is_added_to_the_logits(budget, attention):
         )
 
 
+@pytest.mark.parametrize("scorer", ["snapkv", "tova", {"name": "snapkv", "window_size": 8}, "observed_attention"])
+@pytest.mark.parametrize("budget", ["uniform", "adakv"])
+def test_right_padded_rows_equal_the_row_alone(scorer, budget):
+    """The query window of a row is that of its own last tokens, not of the padding behind them."""
+    model, ids, mask = llama(), prompt(60, 2), torch.ones(2, 60, dtype=torch.long)
+    mask[1, 25:] = 0
+    options = {"scorer": scorer, "budget": budget, "max_tokens": 12}
+    together, alone = linked(model, **options), linked(model, **options)
+    model(ids, attention_mask=mask, past_key_values=together)
+    model(ids[1:, :25], past_key_values=alone)
+    for mine, theirs in zip(together.layers, alone.layers, strict=True):
+        kept = [set(head[head >= 0].tolist()) for head in theirs.positions[0]]
+        assert [set(head[(head >= 0) & (head < 25)].tolist()) for head in mine.positions[1]] == kept
+
+
+def test_rows_that_go_free_their_slots():
+    model = llama()
+    cache = linked(model, budget="adakv", scorer="snapkv")
+    model(prompt(200, 8), past_key_values=cache)
+    alone, before = copy.deepcopy(cache), cache.report().total.bytes_now
+    cache.batch_select_indices(torch.tensor([2]))
+    assert cache.report().total.bytes_now < before / 6
+    for mine, theirs in zip(cache.layers, alone.layers, strict=True):
+        assert torch.equal(mine.positions, theirs.positions[2:3])
+        there = mine.positions >= 0
+        assert torch.equal(mine.keys[there], theirs.keys[2:3][there])
+    logits = model(prompt(1), past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(prompt(1).expand(8, -1), past_key_values=alone).logits[2:3])
+
+
+def test_a_prompt_of_one_token_is_observed():
+    model = llama()
+    options = {"scorer": "qfilter", "max_tokens": 8, "sink_tokens": 0, "recent_tokens": 2}
+    together, alone = MergingDynamicCache(model=model, **options), MergingDynamicCache(model=model, **options)
+    inputs = left_padded([30, 1])
+    model(**inputs, position_ids=(inputs["attention_mask"].cumsum(1) - 1).clamp_min(0), past_key_values=together)
+    model(inputs["input_ids"][1:, -1:], past_key_values=alone)
+    for mine, theirs in zip(together.layers, alone.layers, strict=True):
+        for one, other in zip(mine._observed.statistics.queries, theirs._observed.statistics.queries, strict=True):
+            torch.testing.assert_close(one[1:], other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "adakv"])
+def test_quantized_chunks_are_folded_as_in_one_piece(budget):
+    """With `fold_at="decode"` nothing is quantized before the fold, so chunks attend to full precision."""
+    model, ids = llama(), prompt(100)
+    caches = [linked(model, True, budget=budget, fold_at="decode", max_tokens=70) for _ in range(2)]
+    outputs = [
+        greedy(model, ids, 3, past_key_values=cache, prefill_chunk_size=chunk)
+        for cache, chunk in zip(caches, (None, 20), strict=True)
+    ]
+    torch.testing.assert_close(torch.stack(outputs[0].logits), torch.stack(outputs[1].logits), rtol=1e-4, atol=1e-4)
+    for one, other in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(one.positions, other.positions)
+
+
 # Other implementations ------------------------------------------------------------------------------------------------
 
 

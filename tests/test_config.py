@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from merging_cache import MergingConfig, MergingDynamicCache, Scorer
+from merging_cache.config import resolve_config
 from merging_cache.mergers import SimilarityMerger
 from merging_cache.scorers import KnormScorer, LagKVScorer
 
@@ -176,3 +177,35 @@ def test_a_learned_scorer_is_shared_by_copies_of_a_cache():
     cache.update(torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4), 0)
     twin = copy.deepcopy(cache)
     assert twin.layers[0]._fold is cache.layers[0]._fold
+
+
+def test_files_that_hold_no_config(tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    for path in (tmp_path / "bad.json", tmp_path / "missing.json", tmp_path):
+        with pytest.raises(ValueError, match=f"{path} could not be read as a merging config in JSON"):
+            MergingConfig.from_json_file(path)
+
+
+def test_objects_inside_dicts_do_not_go_to_json(tmp_path):
+    config = MergingConfig(scorer={"name": "chunk_kv", "scorer": lambda states: states.keys.norm(dim=-1)})
+    with pytest.raises(ValueError, match="the config holds what JSON cannot: .* give stages as names and dicts"):
+        config.to_json_file(tmp_path / "merging.json")
+    assert not (tmp_path / "merging.json").exists()
+
+
+def test_a_budget_goes_with_the_scorer_it_came_with():
+    def budget(merging, **options):
+        return resolve_config(merging, options).budget
+
+    assert budget(MergingConfig(scorer="keydiff"), scorer="pyramidkv") == "pyramid"
+    assert budget(MergingConfig(scorer="pyramidkv"), scorer="keydiff") == "uniform"
+    assert budget({"scorer": "pyramidkv"}, scorer="keydiff") == "uniform"
+    assert budget(MergingConfig(scorer="pyramidkv", budget="adakv"), scorer="keydiff") == "adakv"
+
+
+@pytest.mark.parametrize(
+    "budget", [{"name": "threshold", "threshold": float("nan")}, {"name": "per_layer", "weights": [1, float("inf")]}]
+)
+def test_numbers_that_are_none(budget):
+    with pytest.raises(ValueError, match=r"it must be a number|positive, finite numbers"):
+        MergingConfig(budget=budget)

@@ -82,8 +82,7 @@ def test_merging_is_deterministic():
 
 def test_equal_keys_go_to_the_later_survivor():
     keys = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1]])[None, None]
-    values = torch.tensor([[1.0], [1], [1], [1]])[None, None]
-    plan = routing.nearest_survivors(LayerStates(keys, values), Survivors(torch.tensor([[[0, 2, 3]]])))
+    plan = routing.nearest_survivors(keys, Survivors(torch.tensor([[[0, 2, 3]]])))
     assert plan.target.tolist() == [[[1]]]
 
 

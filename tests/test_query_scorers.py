@@ -434,6 +434,21 @@ def test_weights_that_do_not_fit(tmp_path):
             model(prompt(LENGTH), past_key_values=cache)
 
 
+def test_files_that_are_no_weights(tmp_path):
+    for name in ("junk.safetensors", "junk.pt"):
+        (tmp_path / name).write_bytes(b"no weights at all")
+        with pytest.raises(ValueError, match=f"{name} could not be read as weights"):
+            KVzapScorer.from_pretrained(tmp_path / name)
+    tensors = kvzap_weights(tmp_path / "w", "linear")
+    save_file({name: t for name, t in tensors.items() if "bias" not in name}, tmp_path / "w" / "model.safetensors")
+    for wrong in (tmp_path / "w", tmp_path / "wide"):
+        kvzap_weights(tmp_path / "wide", "mlp", hidden=32)
+        model = llama()
+        cache = MergingDynamicCache(model=model, scorer=KVzapScorer(wrong))
+        with pytest.raises(ValueError, match=r"the weights of layer 0 in .* do not fit hidden states of width 64"):
+            model(prompt(LENGTH), past_key_values=cache)
+
+
 def test_hidden_states_need_the_model_and_leave_no_hooks(tmp_path):
     from merging_cache import merging_attention
 
@@ -769,6 +784,15 @@ def test_compactor_blends_by_the_share_that_is_lost():
 def test_bad_options(spec, message):
     with pytest.raises(ValueError, match=message):
         MergingConfig(scorer=spec)
+
+
+def test_functions_are_wrapped_too():
+    scorer = SCORERS["chunk_kv"](scorer=lambda states: states.values.norm(dim=-1), chunk_length=3)
+    states = LayerStates(torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16))
+    expected = SCORERS["chunk_kv"](scorer="value_norm", chunk_length=3).score(states)
+    assert torch.equal(scorer.score(states), expected)
+    with pytest.raises(TypeError, match="scorer is 3; .* or a function of a layer's states"):
+        SCORERS["chunk_kv"](scorer=3)
 
 
 def test_wrapped_scorers_go_through_json(tmp_path):

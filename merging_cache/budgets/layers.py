@@ -1,5 +1,6 @@
 """Different numbers of slots for different layers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,8 +43,10 @@ class PerLayerBudget(UniformBudget):
             raise TypeError(f"the weights of layers are {given!r}; give a list of positive numbers")
         for weight in given:
             check_number("the weight of a layer", weight, float)
-        if len(given) == 0 or min(given) <= 0:
-            raise ValueError(f"the weights of layers are {list(given)}; they must be positive numbers, one at least")
+        if len(given) == 0 or min(given) <= 0 or max(given) == math.inf:
+            raise ValueError(
+                f"the weights of layers are {list(given)}; they must be positive, finite numbers, one at least"
+            )
 
     def layer_slots(self, num_slots: int, seen: int, layer_rank: tuple[int, int] | None) -> int:
         index, count = known(layer_rank)

@@ -15,8 +15,9 @@ class ThresholdBudget(Budget):
     """Tokens that score below a threshold lose their slot, however many they are (DMS, arXiv:2506.05345).
 
     There is no top-k: how much is kept follows from the scores, and `compression_ratio` and `max_tokens` say nothing
-    (but a ratio of 0 still folds nothing). The last `window` tokens always stay, and so do sinks, recent tokens and the
-    best token of every head. Meant for scorers with an absolute scale, such as `kvzap` and `fast_kvzip`.
+    (but a ratio of 0 still folds nothing, and sinks and recent tokens are clipped to the slots that they allow). The
+    last `window` tokens always stay, and so do sinks, recent tokens and the best token of every head. Meant for scorers
+    with an absolute scale, such as `kvzap` and `fast_kvzip`.
 
     Args:
         threshold: what scores less than this is evicted.

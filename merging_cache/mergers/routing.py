@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..states import TILE, LayerStates, Survivors, gather_tokens
+from ..states import TILE, LayerStates, Slots, Survivors, gather_tokens
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,71 @@ class Routing:
         rank = torch.empty_like(order).scatter_(-1, order, rank_in_group)
         return replace(self, weight=self.weight.masked_fill(rank >= count, 0.0))
 
+    def kept_where(self, condition: Tensor) -> "Routing":
+        """Only tokens for which `condition` `[B, H, E]` is true keep their weight."""
+        return replace(self, weight=self.weight * condition)
+
+    def capped(self, most: float, states: LayerStates, survivors: Survivors) -> "Routing":
+        """With the weights of what is folded into a survivor scaled down where their sum is above `most`."""
+        totals = self.totals(states, survivors).gather(2, self.target)
+        return replace(self, weight=self.weight * (most / totals.clamp_min(most)))
+
+    def slots(self, states: LayerStates, survivors: Survivors, keys: bool = False, mass: bool = False) -> Slots:
+        """The survivors with the others folded into them.
+
+        Args:
+            states, survivors: what the routing was made of.
+            keys: whether to fold keys, too.
+            mass: whether a slot draws as much more attention as was folded into it: `log(1 + sum_i w_i)` is added to
+                its log-mass, and tokens are counted as dropped with the mass they had.
+        """
+        slots = Slots.of_survivors(states, survivors)
+        lost = torch.ones_like(self.weight)
+        log_mass = slots.log_mass
+        if mass:
+            added = self.totals(states, survivors).log1p()
+            log_mass = added if log_mass is None else log_mass + added
+            lost = masses(states).gather(2, self.evicted)
+        return replace(
+            slots,
+            keys=self.fold(states.keys, survivors) if keys else slots.keys,
+            values=self.fold(states.values, survivors),
+            log_mass=log_mass,
+            num_merged=self.num_merged,
+            num_dropped=(lost * (self.weight <= 0)).double().sum(dim=-1).round().long(),
+        )
+
+    def totals(self, states: LayerStates, survivors: Survivors) -> Tensor:
+        """`[B, H, K]`, the sum of the weights of what is folded into each survivor."""
+        ones = torch.ones((*states.positions.shape, 1), device=states.keys.device)
+        return self._sums(ones, survivors.indices.shape[2]).squeeze(-1)
+
     def fold(self, states: Tensor, survivors: Survivors) -> Tensor:
         """The weighted mean `(s_j + sum_i w_i s_i) / (1 + sum_i w_i)` of every survivor and what is folded into it.
 
         `states` are `[B, H, L, D]`, the result is `[B, H, K, D]` in their dtype, summed in fp32. Survivors into which
         nothing is folded keep their exact bits.
         """
-        indices = survivors.indices
-        folded = gather_tokens(states, indices)
-        batch, heads, kept, dim = folded.shape
+        own = gather_tokens(states, survivors.indices)
+        batch, heads, kept, dim = own.shape
+        folded = own.view(batch * heads * kept, dim)
+        for first, touched, total, mass in self._segments(states, kept):
+            mean = (folded[first + touched].float() + total) / (1.0 + mass)
+            folded[first + touched] = mean.to(states.dtype)
+        return own
+
+    def _sums(self, states: Tensor, num_slots: int) -> Tensor:
+        """`[B, H, K, D]` in fp32, the weighted sums of what is folded into each survivor, itself left out."""
+        batch, heads, _, dim = states.shape
+        sums = torch.zeros((batch * heads * num_slots, dim), device=states.device)
+        for first, touched, total, _ in self._segments(states, num_slots):
+            sums[first + touched] = total
+        return sums.view(batch, heads, num_slots, dim)
+
+    def _segments(self, states: Tensor, kept: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Some heads at a time: the first of their slots, which of them take something in, and its sum and weight."""
+        batch, heads, _, dim = states.shape
+        flat = states.flatten(0, 1)
         for rows in head_slices(batch * heads, states.shape[2] * dim):
             target, weight = self.target.flatten(0, 1)[rows], self.weight.flatten(0, 1)[rows]
             n = target.shape[0]
@@ -78,28 +134,29 @@ class Routing:
             if merged == 0:
                 continue
             slot, order = slot[:merged], order[:merged]
-            bounds = torch.searchsorted(slot, torch.arange(n * kept + 1, device=slot.device))
-            lengths = bounds.diff()
+            lengths = torch.searchsorted(slot, torch.arange(n * kept + 1, device=slot.device)).diff()
             tokens = self.evicted.flatten(0, 1)[rows].flatten()[order]
-            head = order // target.shape[1] + rows.start
-            flat = states.flatten(0, 1)
             weights = weight.flatten()[order].unsqueeze(1)
-            weighted = flat[head, tokens].float() * weights
+            weighted = flat[order // target.shape[1] + rows.start, tokens].float() * weights
             total = torch.segment_reduce(weighted, "sum", lengths=lengths, axis=0)
             mass = torch.segment_reduce(weights.contiguous(), "sum", lengths=lengths, axis=0)
             touched = lengths.nonzero().squeeze(1)
-            own = folded.view(batch * heads, kept, dim)[rows].flatten(0, 1)
-            mean = (own[touched].float() + total[touched]) / (1.0 + mass[touched])
-            folded.view(batch * heads * kept, dim)[rows.start * kept + touched] = mean.to(states.dtype)
-        return folded
+            yield rows.start * kept, touched, total[touched], mass[touched]
 
 
-def nearest_survivors(states: LayerStates, survivors: Survivors) -> Routing:
-    """Route every evicted token to the unprotected survivor with the largest cosine similarity of keys.
+def nearest_survivors(features: Tensor, survivors: Survivors, by_distance: bool = False) -> Routing:
+    """Route every evicted token to the unprotected survivor whose features are most like its own.
 
-    Ties go to the later survivor. Weights are 1 where there is a survivor to go to, else 0.
+    Args:
+        features: `[B, H, L, F]`, of every token: keys, say.
+        survivors: which tokens survive.
+        by_distance: the closest instead of the one with the largest cosine.
+
+    Returns:
+        a routing with weights of 1 where there is a survivor to go to, else 0. Its similarities are cosines, or minus
+        half the squared distances. Ties go to the later survivor.
     """
-    evicted = survivors.evicted(states.num_tokens)
+    evicted = survivors.evicted(features.shape[2])
     batch, heads, count = evicted.shape
     kept = survivors.indices.shape[2]
     similarity = torch.full((batch * heads, count), -torch.inf, device=evicted.device)
@@ -110,19 +167,32 @@ def nearest_survivors(states: LayerStates, survivors: Survivors) -> Routing:
         forbidden |= survivors.protected
     bias = torch.zeros(forbidden.shape, device=forbidden.device).masked_fill(forbidden, -torch.inf).flatten(0, 1)
 
-    keys, indices, lost = states.keys.flatten(0, 1), survivors.indices.flatten(0, 1), evicted.flatten(0, 1)
+    def prepared(tokens: Tensor) -> Tensor:
+        return tokens.float() if by_distance else normalize(tokens.float(), dim=-1)
+
+    flat, indices, lost = features.flatten(0, 1), survivors.indices.flatten(0, 1), evicted.flatten(0, 1)
     for rows in head_slices(batch * heads, 256 * kept):
         # the first maximum wins, so the later survivors come first
-        candidates = normalize(_take(keys[rows], indices[rows].flip(1)).float(), dim=-1)
-        candidate_bias = bias[rows].flip(1).unsqueeze(1)
+        candidates = prepared(_take(flat[rows], indices[rows].flip(1)))
+        candidate_bias = bias[rows].flip(1)
+        if by_distance:
+            candidate_bias = candidate_bias - candidates.square().sum(dim=-1) / 2
         step = max(1, TILE // (candidates.shape[0] * kept))
         for start in range(0, count, step):
-            tile = normalize(_take(keys[rows], lost[rows, start : start + step]).float(), dim=-1)
-            best = torch.baddbmm(candidate_bias, tile, candidates.mT).max(dim=-1)
-            similarity[rows, start : start + step] = best.values
+            tile = prepared(_take(flat[rows], lost[rows, start : start + step]))
+            best = torch.baddbmm(candidate_bias.unsqueeze(1), tile, candidates.mT).max(dim=-1)
+            value = best.values - tile.square().sum(dim=-1) / 2 if by_distance else best.values
+            similarity[rows, start : start + step] = value
             target[rows, start : start + step] = kept - 1 - best.indices
     similarity = similarity.view(batch, heads, count)
     return Routing(evicted, target.view(batch, heads, count), similarity, (similarity > -torch.inf).float())
+
+
+def masses(states: LayerStates) -> Tensor:
+    """`[B, H, L]` in fp32, how many tokens' attention each token draws: 1 where no fold gave it more."""
+    if states.log_mass is None:
+        return torch.ones(states.positions.shape, device=states.keys.device)
+    return states.log_mass.float().exp()
 
 
 def head_slices(heads: int, elements_per_head: int) -> Iterator[slice]:

@@ -16,7 +16,8 @@ class SimilarityMerger(Merger):
 
     Each evicted token i goes to the survivor j with the largest `c = cos(k_i, k_j)`, with the weight
     `w_i = max(c, 0) |v_i| / (|v_i| + |v_j|)`, and `v_j <- (v_j + sum_i w_i v_i) / (1 + sum_i w_i)`. Sinks and recent
-    tokens take nothing in. The survivor draws as much attention as before, whatever was folded into it.
+    tokens take nothing in. The survivor draws as much attention as before, whatever was folded into it, unless
+    `log_mass` is set.
 
     The options act in this order:
 
@@ -27,6 +28,7 @@ class SimilarityMerger(Merger):
         value_norm_weighting: without it the weight is `max(c, 0)`.
         merge_keys: fold keys too, with the same weights. Off, because averaging keys of different positions was
             measured to harm.
+        log_mass: also add `log(1 + sum_i w_i)` to the survivor's attention logits, which needs the model.
 
     Raises:
         ValueError: if an option is out of its range.
@@ -37,30 +39,26 @@ class SimilarityMerger(Merger):
     value_norm_weighting: bool = True
     max_merge_per_token: int = option(0, minimum=0)
     merge_keys: bool = False
+    log_mass: bool = False
+
+    @property
+    def has_mass(self) -> bool:
+        return self.log_mass
 
     def merge(self, states: LayerStates, survivors: Survivors) -> Slots:
-        slots = Slots.of_survivors(states, survivors)
         if survivors.indices.shape[2] == states.num_tokens:
-            return slots
-        routing = self._route(states, survivors)
-        return replace(
-            slots,
-            keys=routing.fold(states.keys, survivors) if self.merge_keys else slots.keys,
-            values=routing.fold(states.values, survivors),
-            num_merged=routing.num_merged,
-            num_dropped=slots.num_dropped - routing.num_merged,
-        )
+            return Slots.of_survivors(states, survivors)
+        return self._route(states, survivors).slots(states, survivors, keys=self.merge_keys, mass=self.log_mass)
 
     def _route(self, states: LayerStates, survivors: Survivors) -> Routing:
-        routing = nearest_survivors(states, survivors)
-        close_enough = routing.similarity >= self.similarity_threshold
-        weight = routing.similarity.clamp_min(0.0) * close_enough
+        routing = nearest_survivors(states.keys, survivors)
+        weight = routing.similarity.clamp_min(0.0)
         if self.value_norm_weighting:
             norms = torch.linalg.vector_norm(states.values, dim=-1, dtype=torch.float32)
             mine = norms.gather(2, routing.evicted)
             theirs = norms.gather(2, survivors.indices).gather(2, routing.target)
             weight = weight * mine / (mine + theirs).clamp_min(torch.finfo(torch.float32).tiny)
-        routing = replace(routing, weight=weight)
+        routing = replace(routing, weight=weight).kept_where(routing.similarity >= self.similarity_threshold)
         if self.merge_fraction < 1:
             routing = routing.at_most_fraction(self.merge_fraction)
         if self.max_merge_per_token > 0:

@@ -1,5 +1,11 @@
 """Scorers: how important each token is. `SCORERS` is the table of their names; adding one is a file and a line here."""
 
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..stage import Spec, build_stage
+from ..states import LayerStates
 from .base import FunctionScorer, Scorer
 from .cap import CapScorer
 from .chunk_kv import ChunkKVScorer
@@ -48,6 +54,14 @@ SCORERS: dict[str, type[Scorer]] = {
     "value_norm": ValueNormScorer,
 }
 
+
+def build_scorer(spec: Spec | Scorer | Callable[[LayerStates], Tensor]) -> Scorer:
+    """A scorer from its name, its dict, a plain function, or itself."""
+    if callable(spec) and not isinstance(spec, (Scorer, type)):
+        return FunctionScorer(spec)
+    return build_stage("scorer", spec, SCORERS, Scorer)
+
+
 __all__ = [
     "SCORERS",
     "CURScorer",
@@ -74,4 +88,5 @@ __all__ = [
     "StreamingLLMScorer",
     "TOVAScorer",
     "ValueNormScorer",
+    "build_scorer",
 ]

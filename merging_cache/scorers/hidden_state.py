@@ -25,6 +25,7 @@ class HiddenStateScorer(OnceScorer):
     _weights: Weights = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self.weights = str(self.weights)  # a path will do
         super().__post_init__()
         if not self.weights:
             raise ValueError(f"weights is {self.weights!r}; give the folder or the hub name of the trained weights")
@@ -53,7 +54,13 @@ class HiddenStateScorer(OnceScorer):
         weights = self._weights.under(self.prefix(states.layer_idx), like=hidden)
         if not weights:
             raise ValueError(f"{self.weights} holds no weights for layer {states.layer_idx}; are they another model's?")
-        scores = self.predict(hidden, weights)
+        try:
+            scores = self.predict(hidden, weights)
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"the weights of layer {states.layer_idx} in {self.weights} do not fit hidden states of width "
+                f"{hidden.shape[-1]} ({type(error).__name__}: {error}); are they another model's, or another scorer's?"
+            ) from error
         if states.heads is not None:
             scores = scores[:, states.heads]
         if scores.shape[1] != states.keys.shape[1]:

@@ -27,6 +27,7 @@ class QFilterScorer(Scorer):
     _weights: Weights | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self.weights = None if self.weights is None else str(self.weights)  # a path will do
         super().__post_init__()
         self._weights = None if self.weights is None else Weights(self.weights)
 

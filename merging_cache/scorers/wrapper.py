@@ -1,10 +1,11 @@
 """Scorers made of another scorer."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..stage import Spec, build_stage
+from ..stage import Spec
 from ..states import LayerStates, Statistics
 from .base import Scorer
 
@@ -14,17 +15,17 @@ class WrappingScorer(Scorer):
     """Changes the scores of another scorer, and asks for all that the other needs to see.
 
     Args:
-        scorer: the other: a name, a dict `{"name": ..., **options}` or a `Scorer`.
+        scorer: the other: a name, a dict `{"name": ..., **options}`, a `Scorer` or a function.
     """
 
-    scorer: Spec | Scorer = "snapkv"
+    scorer: Spec | Scorer | Callable[[LayerStates], Tensor] = "snapkv"
     inner: Scorer = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from . import SCORERS  # the table that this scorer is in
+        from . import build_scorer  # from the table that this scorer is in
 
-        self.inner = build_stage("scorer", self.scorer, SCORERS, Scorer)
+        self.inner = build_scorer(self.scorer)
 
     @property
     def needs_queries(self) -> bool:

@@ -1,0 +1,108 @@
+"""Reference queries: what stands for the queries to come when a merger weighs what a fold changes."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..stage import Stage, option
+from ..states import LayerStates, ReferenceQueries, Statistics
+
+
+class QuerySource(Stage, ABC):
+    """Gives a merger the queries by which it weighs a fold."""
+
+    needs_queries = True
+
+    @abstractmethod
+    def reference(self, states: LayerStates) -> ReferenceQueries:
+        """`n` queries of each query head, or fewer where fewer were observed."""
+
+
+@dataclass
+class LastQueries(QuerySource):
+    """The last `count` queries, as they were and where they were. They see nothing that is later than they are.
+
+    Memory: `count` queries of every query head.
+    """
+
+    count: int = option(32, minimum=1)
+
+    @property
+    def query_window(self) -> int:
+        return self.count
+
+    def reference(self, states: LayerStates) -> ReferenceQueries:
+        first = max(0, states.queries.shape[2] - self.count)
+        return ReferenceQueries(states.queries[:, :, first:], states.query_positions[:, first:])
+
+
+@dataclass
+class StratifiedQueries(QuerySource):
+    """Queries from all over the prompt, turned to the next positions (GRKV, arXiv:2605.31105).
+
+    One query out of every stretch of the prompt, the stretches being as long as leaves `count` to `2 * count` of them.
+    Their rotary embedding is taken off, and they are put at the positions after the last token, so that they see all of
+    it. Where the rotary embedding cannot be made out, the last queries are taken as they are.
+
+    Memory: `2 * count` queries of every query head, and `count` of the last ones.
+
+    Args:
+        count: the least number of queries, once as many were observed.
+    """
+
+    uses_rotary = True
+
+    count: int = option(32, minimum=1)
+
+    @property
+    def query_window(self) -> int:
+        return self.count
+
+    def observe(self, states: LayerStates, new: int) -> Statistics:
+        first = states.queries.shape[2] - new
+        queries, positions = states.queries[:, :, first:], states.query_positions[0, first:]  # rows are alike
+        if states.statistics is not None:
+            kept, where = states.statistics.queries
+            known = where[0, 0, :, 0] >= 0
+            queries = torch.cat([kept[:, :, known], queries], dim=2)
+            positions = torch.cat([where[0, 0, known, 0], positions])
+        room, stretch = 2 * self.count, 1
+        while states.seen // stretch > room:
+            stretch *= 2  # the last of every two stretches is the last of both, so nothing thrown away is missed
+        chosen = (positions % stretch == stretch - 1).nonzero().squeeze(1)
+        batch, heads, _, dim = queries.shape
+        buffer = queries.new_zeros((batch, heads, room, dim))
+        buffer[:, :, : len(chosen)] = queries[:, :, chosen]
+        where = positions.new_full((batch, heads, room, 1), -1)
+        where[:, :, : len(chosen), 0] = positions[chosen]
+        return Statistics(queries=(buffer, where))
+
+    def reference(self, states: LayerStates) -> ReferenceQueries:
+        if states.rotary is None or states.statistics is None:
+            return LastQueries(self.count).reference(states)
+        buffer, where = states.statistics.queries
+        known = where[0, 0, :, 0] >= 0
+        queries, positions = buffer[:, :, known], where[:, 0, known, 0]
+        ahead = states.positions[..., -1].amax(dim=1, keepdim=True) + 1  # rows are alike
+        ahead = ahead + torch.arange(queries.shape[2], device=queries.device)
+        turned = states.rotary.rotated(states.rotary.unrotated(queries, positions), ahead)
+        return ReferenceQueries(turned, ahead)
+
+
+QUERY_SOURCES: dict[str, type[QuerySource]] = {"last": LastQueries, "stratified": StratifiedQueries}
+
+
+def attention_logits(reference: ReferenceQueries, keys: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """`[B, H, R, S]` in fp32, logits of a group's R queries over keys `[B, H, S, D]`; `bias` `[B, H, S]` added."""
+    queries = reference.queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3).float() * scale
+    logits = queries @ keys.float().mT
+    return logits if bias is None else logits + bias.float().unsqueeze(2)
+
+
+def seen_by(reference: ReferenceQueries, positions: Tensor) -> Tensor:
+    """`[B, H, R, S]` bool, which of the tokens at `positions` `[B, H, S]` each query of the group sees."""
+    groups = reference.queries.shape[1] // positions.shape[1]
+    asked = reference.positions.repeat(1, groups)  # the group's heads one after another, as in `attention_logits`
+    return positions.unsqueeze(2) <= asked[:, None, :, None]
