@@ -527,14 +527,16 @@ class MergingLayer(DynamicLayer):
     def _select_rows(self, indices: Tensor) -> None:
         if not self.num_stored:
             return
-        self._storage.select_rows(indices)
+        left = self._storage.select_rows(indices)
         self._shape = (len(indices), self._shape[1])
         self._observed.select_rows(indices)
-        ragged = ("_slot_positions", "_slot_log_mass") if self._layout is not None else ()  # rows share these
         for name in ("_slot_positions", "_slot_log_mass", "num_merged", "num_dropped"):
             tensor = getattr(self, name)
-            if tensor is not None and name not in ragged:
-                setattr(self, name, tensor.index_select(0, indices.to(tensor.device)))
+            rows = indices
+            if self._layout is not None and name.startswith("_slot"):
+                rows = left  # slots that rows may share, in storage order
+            if tensor is not None and rows is not None:
+                setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
 
     def offload(self) -> None:
         """Move keys and values to the CPU; positions, a few bytes a slot, stay."""

@@ -104,14 +104,15 @@ class RaggedStorage:
         """Forget all tokens after the first `length`, which must be of the tail."""
         self.tail.truncate(length - self.layout.longest)
 
-    def select_rows(self, indices: Tensor) -> None:
-        """Make row `indices[i]` of the batch row i."""
-        self._free_rows(indices)
+    def select_rows(self, indices: Tensor) -> Tensor | None:
+        """Make row `indices[i]` of the batch row i; returns which of the N slots are left, where not all are."""
+        left = self._free_rows(indices)
         self.layout = self.layout.select_rows(indices)
         if self.tail.length:
             self.tail.select_rows(indices)
+        return left
 
-    def _free_rows(self, kept: Tensor) -> None:
+    def _free_rows(self, kept: Tensor) -> Tensor | None:
         """Give back the memory of rows that are not among the `kept`, where that is worth copying the others.
 
         What is quantized stays: it was packed in one piece.
@@ -120,7 +121,7 @@ class RaggedStorage:
         used = torch.zeros(len(lengths), dtype=torch.bool, device=lengths.device)
         used[kept.to(lengths.device)] = True
         if not isinstance(self.slots, DenseStorage) or 2 * int(lengths[used].sum()) > self.slots.length:
-            return
+            return None
         slots = zip(starts[used].flatten().tolist(), lengths[used].flatten().tolist(), strict=True)
         flat = torch.cat([torch.arange(first, first + count, device=starts.device) for first, count in slots])
         keys, values = self.slots.read()
@@ -128,6 +129,7 @@ class RaggedStorage:
         stored = lengths * used.unsqueeze(1)
         ends = stored.flatten().cumsum(0).view_as(lengths)
         self.layout = RaggedLayout(ends - stored, lengths, self.layout.longest)
+        return flat
 
     def to(self, device: torch.device | str) -> None:
         """Move everything to `device`."""
