@@ -60,7 +60,7 @@ class Fold:
     @property
     def needs_attention(self) -> bool:
         """Whether keys and values are not enough: something is to be seen, or masks are to be fitted."""
-        return self.fits_masks or any(stage.needs_attention for stage in self.stages.values())
+        return any(stage.needs_attention for stage in self.stages.values())
 
     # Observing --------------------------------------------------------------------------------------------------------
 

@@ -335,7 +335,6 @@ class MergingLayer(DynamicLayer):
         """Go on without an attention that never came, if that is possible."""
         if self._awaits_attention and self._link.needed:
             stages = [stage for stage in self._fold.stages.values() if stage.needs_attention]
-            stages += [self._fold.budget] if self._fold.budget.ragged and self._fold.budget not in stages else []
             names = " and ".join(stage.stage_name for stage in stages)
             raise ValueError(
                 f"{names} must see the attention of {self._link.model_name}, but layer {self.layer_idx} was told of "

@@ -508,7 +508,7 @@ def test_layers_that_keep_everything_beside_layers_that_fold(weights, lengths):
 class Doubling(DropMerger):
     """Every slot draws attention for two, so the answer is that of the same slots stored twice."""
 
-    needs_attention = True
+    has_mass = True
 
     def merge(self, states, survivors):
         slots = super().merge(states, survivors)

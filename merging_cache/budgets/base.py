@@ -15,6 +15,10 @@ class Budget(Stage, ABC):
     """True if layers or heads may end up with different numbers of slots, which needs the model (its masks have to fit
     every layer): `MergingDynamicCache(model=model, ...)`."""
 
+    @property
+    def needs_attention(self) -> bool:
+        return self.ragged or super().needs_attention
+
     def layer_slots(self, num_slots: int, seen: int, layer_rank: tuple[int, int] | None) -> int:
         """How many slots per head a layer keeps on average, if all layers together keep `num_slots`.
 

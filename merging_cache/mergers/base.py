@@ -15,6 +15,10 @@ class Merger(Stage, ABC):
     has_mass: bool = False
     """True if slots draw the attention of all tokens they stand for (`Slots.log_mass`), which needs the model."""
 
+    @property
+    def needs_attention(self) -> bool:
+        return self.has_mass or super().needs_attention
+
     @abstractmethod
     def merge(self, states: LayerStates, survivors: Survivors) -> Slots:
         """Fold the evicted tokens of `states` into `survivors`. What it returns owns its memory."""

@@ -1,0 +1,322 @@
+"""Mergers that keep attention mass: exact where they can be, each against attention written out in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+import reference
+from architectures import tiny_model
+from merging_cache import LayerStates, MergingDynamicCache, Scorer, Survivors
+from merging_cache.mergers import CountMerger, MassMerger, SimilarityMerger
+from merging_cache.mergers import reference as by_reference
+from merging_cache.mergers.queries import LastQueries, StratifiedQueries
+from merging_cache.states import ReferenceQueries, top_tokens
+from models import WINDOW, llama, prompt
+
+pytestmark = pytest.mark.core
+
+
+def output(queries, keys, values, log_mass=None):
+    """`[B, H, G, n, D]` queries over `[B, H, S, D]` tokens that all of them see, in float64."""
+    logits = queries.double() @ keys.double().unsqueeze(2).mT * keys.shape[-1] ** -0.5
+    if log_mass is not None:
+        logits = logits + log_mass.double()[:, :, None, None]
+    return logits.softmax(-1) @ values.double().unsqueeze(2)
+
+
+def some_states(length, batch=2, heads=3, group=2, asked=5, dim=8):
+    """Random states, and queries after all tokens."""
+    states = LayerStates(torch.randn(batch, heads, length, dim), torch.randn(batch, heads, length, dim))
+    queries = torch.randn(batch, heads * group, asked, dim)
+    return replace(states, queries=queries, query_positions=torch.arange(length, length + asked))
+
+
+def grouped(states):
+    return states.queries.unflatten(1, (states.keys.shape[1], -1))
+
+
+def keep(states, count, protect=0):
+    indices = top_tokens(torch.rand(states.positions.shape), count)
+    protected = torch.arange(count).expand(indices.shape) < protect
+    return Survivors(indices, protected=protected)
+
+
+# Counting -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("routing", ["cosine", "distance"])
+def test_equal_keys_cost_nothing(routing):
+    """Each distinct key stored once gives the output of all of them."""
+    states = some_states(8)
+    copies = torch.randperm(8 * 5) % 8
+    many = replace(states, keys=states.keys[:, :, copies], values=torch.randn(2, 3, 40, 8), positions=None)
+    first = torch.tensor([copies.tolist().index(i) for i in range(8)]).sort().values
+    slots = CountMerger(routing=routing).merge(many, Survivors(first.expand(2, 3, -1)))
+    assert slots.keys.shape[2] == 8
+    given, wanted = (
+        output(grouped(states), *one) for one in ((slots.keys, slots.values, slots.log_mass), (many.keys, many.values))
+    )
+    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(slots.log_mass.exp().sum(-1), torch.full((2, 3), 40.0))
+
+
+class FirstOfEach(Scorer):
+    """The first token of each kind, told by its key."""
+
+    def score(self, states):
+        same = (states.keys.unsqueeze(3) - states.keys.unsqueeze(2)).abs().amax(-1) < 1e-5
+        return 1.0 - same.tril(-1).any(-1).float()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_equal_tokens_cost_nothing_in_a_model_without_positions(attention):
+    """One layer of GPT-2 whose position embeddings are 0: 60 tokens of 9 kinds in 9 slots, several steps and tokens."""
+    model = tiny_model("gpt2", layers=1, attention=attention)
+    model.transformer.wpe.weight.zero_()
+    ids = torch.randint(5, 14, (2, 60))
+    ids[:, :9] = torch.arange(5, 14)
+    options = {"scorer": FirstOfEach(), "merger": "count", "max_tokens": 9, "sink_tokens": 0, "recent_tokens": 0}
+    cache, full = MergingDynamicCache(model=model, **options), DynamicCache(config=model.config)
+    for piece in (ids, prompt(1, 2), prompt(1, 2, seed=1)):
+        given = model(piece, past_key_values=cache).logits
+        torch.testing.assert_close(given, model(piece, past_key_values=full).logits, rtol=0, atol=1e-5)
+    assert cache.layers[0].num_slots == 9
+    assert full.layers[0].keys.shape[2] == 62
+
+
+def test_count_equals_loops():
+    states = some_states(20, batch=1, heads=2)
+    for threshold in (0.0, 0.3):
+        survivors = keep(states, 7, protect=2)
+        slots = CountMerger(similarity_threshold=threshold).merge(states, survivors)
+        for head in range(2):
+            keys, values = (one[0, head].double().tolist() for one in (states.keys, states.values))
+            kept = survivors.indices[0, head].tolist()
+            groups = {j: [j] for j in kept}
+            for i in set(range(20)) - set(kept):
+                j = max(kept[2:], key=lambda j: (reference.cosine(keys[i], keys[j]), j))
+                if reference.cosine(keys[i], keys[j]) >= threshold:
+                    groups[j].append(i)
+            for slot, j in enumerate(kept):
+                mean = [sum(values[i][d] for i in groups[j]) / len(groups[j]) for d in range(8)]
+                torch.testing.assert_close(slots.values[0, head, slot], torch.tensor(mean))
+                assert slots.log_mass[0, head, slot].exp().item() == pytest.approx(len(groups[j]))
+            assert slots.num_merged[0, head] == sum(map(len, groups.values())) - 7
+            assert slots.num_merged[0, head] + slots.num_dropped[0, head] == 13
+
+
+@given(st.integers(0, 10_000), st.floats(-1, 1), st.lists(st.integers(1, 30), min_size=1, max_size=4))
+def test_mass_is_conserved(seed, threshold, sizes):
+    """Over several folds: what the slots stand for, and what was dropped, is all that was seen."""
+    torch.manual_seed(seed)
+    merger, seen, dropped, states = CountMerger(similarity_threshold=threshold), 0, 0, None
+    for size in sizes:
+        new = some_states(size, batch=1, heads=2)
+        seen += size
+        if states is not None:
+            log_mass = torch.cat([states.log_mass, torch.zeros(1, 2, size)], 2)
+            keys, values = (torch.cat([getattr(states, n), getattr(new, n)], 2) for n in ("keys", "values"))
+            new = LayerStates(keys, values, log_mass=log_mass)
+        kept = max(1, new.num_tokens // 2)
+        slots = merger.merge(new, keep(new, kept, protect=kept // 4))
+        dropped = dropped + slots.num_dropped
+        mass = torch.zeros(slots.positions.shape) if slots.log_mass is None else slots.log_mass
+        states = LayerStates(slots.keys, slots.values, log_mass=mass)
+    torch.testing.assert_close(states.log_mass.exp().sum(-1) + dropped, torch.full((1, 2), float(seen)))
+
+
+# Observed attention ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("routing", ["keys", "attention"])
+def test_one_token_is_exact_for_one_query(routing):
+    states = some_states(12, group=1, asked=1)
+    merger = MassMerger(queries="last", routing=routing, max_ratio=1e9, max_added=1e9, similarity_threshold=-1.0)
+    slots = merger.merge(states, keep(states, 11))
+    given = output(grouped(states), slots.keys, slots.values, slots.log_mass)
+    wanted = output(grouped(states), states.keys, states.values)
+    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-6)
+
+
+def test_constant_gaps_are_exact_for_all_queries():
+    """Tokens whose logits differ from their survivor's by the same for every query."""
+    states = some_states(6, group=2, asked=7)
+    direction = torch.nn.functional.normalize(torch.randn(8), dim=0)
+    queries = states.queries - (states.queries @ direction - 1).unsqueeze(-1) * direction  # all alike along it
+    gaps = torch.randn(2, 3, 6, 1)
+    keys = torch.cat([states.keys, states.keys + gaps * direction], dim=2)
+    many = replace(states, keys=keys, values=torch.randn(2, 3, 12, 8), queries=queries, positions=None)
+    many = replace(many, query_positions=torch.arange(12, 19))
+    merger = MassMerger(queries="last", routing="attention", max_ratio=1e9, max_added=1e9)
+    slots = merger.merge(many, Survivors(torch.arange(6).expand(2, 3, -1)))
+    given = output(grouped(many), slots.keys, slots.values, slots.log_mass)
+    torch.testing.assert_close(given, output(grouped(many), many.keys, many.values), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("routing", ["keys", "attention"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"least_explained": 0.6}, {"max_ratio": 0.5}, {"max_added": 0.8}, {"max_ratio": 1e9, "max_added": 1e9}],
+)
+def test_mass_equals_loops(routing, options):
+    full = {"least_explained": 0.0, "max_ratio": 3.0, "max_added": 30.0} | options
+    states = some_states(18, batch=1, heads=2)
+    states = replace(states, log_mass=torch.rand(1, 2, 18))
+    survivors = keep(states, 6, protect=1)
+    slots = MassMerger(queries="last", routing=routing, **full).merge(states, survivors)
+    for head in range(2):
+        keys, values = states.keys[0, head].double(), states.values[0, head].double()
+        queries = grouped(states)[0, head].flatten(0, 1).double()
+        columns = (queries @ keys.T * 8**-0.5 + states.log_mass[0, head]).softmax(-1).T
+        kept = survivors.indices[0, head].tolist()
+        features = keys if routing == "keys" else columns
+        ratios = {j: {} for j in kept}
+        for i in set(range(18)) - set(kept):
+            j = max(kept[1:], key=lambda j: torch.cosine_similarity(features[i], features[j], dim=0).item())
+            both, own, other = (
+                float(a @ b) for a, b in ((columns[i], columns[j]), (columns[i],) * 2, (columns[j],) * 2)
+            )
+            similar = routing == "attention" or torch.cosine_similarity(keys[i], keys[j], dim=0) >= 0
+            if both**2 / own / other >= full["least_explained"] and similar:
+                ratios[j][i] = min(both / other, full["max_ratio"])
+        for slot, j in enumerate(kept):
+            total = sum(ratios[j].values())
+            scale = min(1.0, full["max_added"] / total) if total else 1.0
+            value = values[j] + sum(scale * r * values[i] for i, r in ratios[j].items())
+            torch.testing.assert_close(
+                slots.values[0, head, slot].double(), value / (1 + scale * total), rtol=1e-4, atol=1e-5
+            )
+            expected = states.log_mass[0, head, j].item() + torch.tensor(scale * total).log1p().item()
+            assert slots.log_mass[0, head, slot].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_heads_are_merged_a_few_at_a_time(monkeypatch):
+    states = some_states(30)
+    survivors = keep(states, 9, protect=2)
+    whole = MassMerger(queries="last").merge(states, survivors)
+    monkeypatch.setattr(by_reference, "TILE", 1)
+    parts = MassMerger(queries="last").merge(states, survivors)
+    for name in ("keys", "values", "log_mass", "positions", "num_merged", "num_dropped"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name))
+
+
+def test_similarity_may_carry_mass():
+    states = some_states(20)
+    survivors = keep(states, 8)
+    plain, massive = (SimilarityMerger(log_mass=mass).merge(states, survivors) for mass in (False, True))
+    assert torch.equal(plain.values, massive.values)
+    assert plain.log_mass is None
+    weights = SimilarityMerger()._route(states, survivors)
+    for head in range(3):
+        for slot in range(8):
+            total = weights.weight[0, head][weights.target[0, head] == slot].sum()
+            torch.testing.assert_close(massive.log_mass[0, head, slot], total.log1p())
+
+
+@pytest.mark.parametrize("merger", [CountMerger(), MassMerger(queries="last"), SimilarityMerger(log_mass=True)])
+def test_nothing_to_evict_changes_nothing(merger):
+    states = replace(some_states(9), log_mass=torch.rand(2, 3, 9))
+    slots = merger.merge(states, Survivors(torch.arange(9).expand(2, 3, -1)))
+    for name in ("keys", "values", "log_mass", "positions"):
+        assert torch.equal(getattr(slots, name), getattr(states, name))
+    assert not slots.num_merged.any()
+    assert not slots.num_dropped.any()
+
+
+@pytest.mark.parametrize("merger", ["count", "mass", {"name": "similarity", "log_mass": True}])
+def test_mass_needs_the_model(merger):
+    model = llama()
+    cache = MergingDynamicCache(config=model.config, merger=merger, **WINDOW)
+    model(prompt(40), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"\w+Merger must see the attention of Llama"):
+        model(prompt(1), past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_rounds_no_more_than_the_mask(dtype):
+    """The mass of a slot reaches the logits with the relative error of the model's own precision."""
+    model = llama().to(dtype)
+    cache = MergingDynamicCache(model=model, merger="count", scorer="keydiff", **WINDOW)
+    model(prompt(60), past_key_values=cache)
+    layer = cache.layers[0]
+    assert layer.log_mass.dtype == torch.float32
+    seen = layer.log_mass.exp().sum(-1) + layer.num_dropped
+    torch.testing.assert_close(seen, torch.full((1, 2), 60.0), rtol=1e-4, atol=1e-3)
+    step = model(prompt(1), past_key_values=cache).logits
+    assert step.isfinite().all()
+
+
+# Reference queries ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [None, 7, 16])
+def test_stratified_queries_do_not_depend_on_chunks(chunk):
+    """One of every stretch, turned to the positions after the last token."""
+    model, ids, source = llama(), prompt(100), StratifiedQueries(count=6)
+    shown = []
+
+    class Spy(MassMerger):
+        def merge_heads(self, states, survivors):
+            shown.append(states.reference)
+            return super().merge_heads(states, survivors)
+
+    cache = MergingDynamicCache(model=model, merger=Spy(queries=source), fold_at="decode", **WINDOW)
+    for piece in ids.split(chunk or 100, dim=1):
+        model(piece, past_key_values=cache)
+        for layer in cache.layers:
+            buffer, where = layer._observed.remembered["merger"].queries
+            assert buffer.shape[2] == where.shape[2] == 12
+    model(prompt(1), past_key_values=cache)
+    expected = list(range(7, 100, 8))
+    assert where[0, 0, : len(expected), 0].tolist() == expected
+    assert (where[0, 0, len(expected) :] == -1).all()
+    # by hand, for the first layer
+    layer = model.model.layers[0]
+    hidden = layer.input_layernorm(model.model.embed_tokens(ids[:, expected]))
+    queries = layer.self_attn.q_proj(hidden).unflatten(-1, (-1, 16)).transpose(1, 2).double()
+    turned = torch.stack([reference.rotation(100 + i, 16) for i in range(len(expected))])
+    expected_queries = torch.einsum("bhnd,ned->bhne", queries, turned)
+    torch.testing.assert_close(shown[0].queries.double(), expected_queries, rtol=1e-3, atol=1e-3)
+    assert shown[0].positions.tolist() == [list(range(100, 100 + len(expected)))]
+
+
+def test_without_a_rotary_embedding_the_last_queries_are_asked():
+    model = tiny_model("gpt2")
+    cache = MergingDynamicCache(model=model, merger={"name": "mass", "queries": {"name": "stratified", "count": 5}})
+    model(prompt(80), past_key_values=cache)
+    assert cache.layers[0].log_mass is not None
+    states = some_states(9, asked=9)
+    asked = StratifiedQueries(count=4).reference(states)
+    assert torch.equal(asked.queries, LastQueries(4).reference(states).queries)
+    assert torch.equal(asked.queries, states.queries[:, :, -4:])
+
+
+def test_queries_see_what_is_not_later():
+    states = some_states(6, batch=1, heads=1, group=2, asked=3)
+    states = replace(states, reference=ReferenceQueries(states.queries, torch.tensor([[2, 4, 9]])))
+    attention = by_reference.full_attention(states)[0, 0]
+    seen = [3, 5, 6, 3, 5, 6]
+    assert [(row > 0).sum().item() for row in attention] == seen
+    torch.testing.assert_close(attention.sum(-1), torch.ones(6))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"queries": "first"}, "unknown queries 'first'"),
+        ({"queries": {"name": "last", "count": 0}}, "count is 0"),
+        ({"routing": "cosine"}, "routing is 'cosine'; choose one of"),
+        ({"least_explained": 2}, "least_explained is 2"),
+        ({"max_ratio": -1}, "max_ratio is -1"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        MassMerger(**options)
