@@ -50,47 +50,62 @@ def no_token_twice():
 
 
 @torch.no_grad()
-def kept_by_press(model, press, ids):
-    """For each layer the ascending positions `[B, H, K]` that a press leaves of a `DynamicCache`."""
+def left_by_press(model, press, ids):
+    """For each layer what a press leaves of a `DynamicCache`: positions `[B, H, K]`, ascending, and their values."""
     cache, full = DynamicCache(config=model.config), DynamicCache(config=model.config)
     with press(model):
         # hooks of kvpress 0.5 look for an argument that transformers no longer passes by itself
         model(ids, past_key_values=cache, cache_position=torch.arange(ids.shape[1]))
     model(ids, past_key_values=full)
-    kept = []
+    left = []
     for mine, whole in zip(cache.layers, full.layers, strict=True):
         same = (mine.keys.unsqueeze(3) == whole.keys.unsqueeze(2)).all(dim=-1)  # [B, H, K, L]
         assert (same.sum(dim=-1) == 1).all()
-        kept.append(same.int().argmax(dim=-1).sort(dim=-1).values)
-    return kept
+        positions, order = same.int().argmax(dim=-1).sort(dim=-1)
+        left.append((positions, mine.values.gather(2, order.unsqueeze(-1).expand_as(mine.values))))
+    return left
 
 
 @torch.no_grad()
-def kept_by_cache(model, scorer, ids, ratio):
-    options = {"sink_tokens": 0, "recent_tokens": 0, "merger": "drop", "compression_ratio": ratio, "budget": "uniform"}
-    cache = MergingDynamicCache(model=model, scorer=scorer, **options)
+def left_by_cache(model, scorer, ids, ratio, merger="drop"):
+    options = {"sink_tokens": 0, "recent_tokens": 0, "compression_ratio": ratio, "budget": "uniform"}
+    cache = MergingDynamicCache(model=model, scorer=scorer, merger=merger, **options)
     model(ids, past_key_values=cache)
     cache.release(model)
-    return [layer.positions for layer in cache.layers]
+    return [(layer.positions, layer.values) for layer in cache.layers]
 
 
 @pytest.mark.parametrize("ratio", [1 - (kept + 0.5) / LENGTH for kept in KEPT], ids=KEPT)
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_same_tokens_survive(name, ratio):
     model, ids = llama("eager"), no_token_twice()
-    expected = kept_by_press(model, make_press(name, ratio), ids)
-    kept = kept_by_cache(model, make_spec(name), ids, ratio)
-    for mine, other in zip(kept, expected, strict=True):
-        assert torch.equal(mine, other)
+    expected = left_by_press(model, make_press(name, ratio), ids)
+    left = left_by_cache(model, make_spec(name), ids, ratio)
+    for mine, theirs in zip(left, expected, strict=True):
+        assert torch.equal(mine[0], theirs[0])
 
 
 @pytest.mark.parametrize("name", sorted(set(PAIRS) - {"pyramidkv", "observed_attention"}))
 def test_a_press_is_a_scorer(name):
     model, ids, ratio = llama(), no_token_twice(), 1 - 46.5 / LENGTH
-    expected = kept_by_press(model, make_press(name, ratio), ids)
-    kept = kept_by_cache(llama(), KVPressScorer(make_press(name, ratio)), ids, ratio)
-    for mine, other in zip(kept, expected, strict=True):
-        assert torch.equal(mine, other)
+    expected = left_by_press(model, make_press(name, ratio), ids)
+    left = left_by_cache(llama(), KVPressScorer(make_press(name, ratio)), ids, ratio)
+    for mine, theirs in zip(left, expected, strict=True):
+        assert torch.equal(mine[0], theirs[0])
+
+
+@pytest.mark.parametrize("ratio", [1 - (kept + 0.5) / LENGTH for kept in KEPT], ids=KEPT)
+@pytest.mark.parametrize("threshold", [0.0, 0.4])
+@pytest.mark.parametrize("name", ["knorm", "keydiff", "snapkv"])
+def test_the_same_values_are_merged(name, threshold, ratio):
+    """`similarity` is `MergingPress`; the keys of layers later than the first differ in their last bits only."""
+    model, ids = llama("eager"), no_token_twice()
+    press = kvpress.MergingPress(make_press(name, ratio), similarity_threshold=threshold)
+    merger = {"name": "similarity", "similarity_threshold": threshold}
+    expected = left_by_press(model, press, ids)
+    for mine, theirs in zip(left_by_cache(model, make_spec(name), ids, ratio, merger), expected, strict=True):
+        assert torch.equal(mine[0], theirs[0])
+        torch.testing.assert_close(mine[1], theirs[1], rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_no_press():
