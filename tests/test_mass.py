@@ -10,8 +10,16 @@ from transformers import DynamicCache
 
 import reference
 from architectures import tiny_model
-from merging_cache import LayerStates, MergingDynamicCache, Scorer, Survivors
-from merging_cache.mergers import CountMerger, MassMerger, SimilarityMerger
+from merging_cache import MERGERS, LayerStates, MergingDynamicCache, Scorer, Survivors
+from merging_cache.mergers import (
+    CAMMerger,
+    CountMerger,
+    DropMerger,
+    MassMerger,
+    RefitMerger,
+    SimilarityMerger,
+    ValidatedMerger,
+)
 from merging_cache.mergers import reference as by_reference
 from merging_cache.mergers.queries import LastQueries, StratifiedQueries
 from merging_cache.states import ReferenceQueries, top_tokens
@@ -252,6 +260,104 @@ def test_half_precision_rounds_no_more_than_the_mask(dtype):
     assert step.isfinite().all()
 
 
+# Refitted, validated, spread ------------------------------------------------------------------------------------------
+
+
+def error(states, slots, values=None):
+    """The squared error of the reference queries' outputs, `[B, H]`, in float64."""
+    values = slots.values if values is None else values
+    given = output(grouped(states), slots.keys, values, slots.log_mass)
+    return (given - output(grouped(states), states.keys, states.values)).square().sum((2, 3, 4))
+
+
+@pytest.mark.parametrize("merger", ["drop", "similarity", "count", "mass"])
+@pytest.mark.parametrize(
+    "options", [{}, {"ridge": 10.0}, {"max_change": 0.01}, {"guarded": 0.5}, {"max_change": 100.0}]
+)
+def test_refit_never_increases_what_it_fits(merger, options):
+    states = some_states(30, asked=7)
+    survivors = keep(states, 10, protect=3)
+    refit = RefitMerger(queries="last", merger=merger, **options)
+    before = refit.inner.merge(replace(states, reference=refit.source.reference(states)), survivors)
+    after = refit.merge(states, survivors)
+    assert torch.equal(after.keys, before.keys)
+    assert (error(states, after) <= error(states, before) * (1 + 1e-5)).all()
+    assert torch.equal(after.values[:, :, :3], before.values[:, :, :3])  # protected
+    change = (after.values - before.values).norm(dim=(2, 3))
+    assert (change <= refit.max_change * before.values.norm(dim=(2, 3)) * (1 + 1e-4)).all()
+    if not options:
+        assert (error(states, after) < 0.9 * error(states, before)).all()
+
+
+def test_refit_equals_the_ridge_solution():
+    states = some_states(14, batch=1, heads=1, group=1, asked=4)
+    survivors = keep(states, 6)
+    refit = RefitMerger(queries="last", merger="drop", ridge=0.3, max_change=1e9, guarded=0.0)
+    slots, dropped = refit.merge(states, survivors), DropMerger().merge(states, survivors)
+    queries, keys = states.queries[0, 0].double(), states.keys[0, 0].double()
+    wanted = (queries @ keys.T * 8**-0.5).softmax(-1) @ states.values[0, 0].double()
+    x = (queries @ dropped.keys[0, 0].double().T * 8**-0.5).softmax(-1)
+    anchor = dropped.values[0, 0].double()
+    primal = torch.linalg.solve(x.T @ x + 0.3 * torch.eye(6), x.T @ (wanted - x @ anchor))
+    torch.testing.assert_close(slots.values[0, 0].double(), anchor + primal, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.2, 1.0])
+def test_validated_is_never_worse_than_drop_on_held_out_queries(margin):
+    states = some_states(40, heads=5, asked=12)
+    survivors = keep(states, 12, protect=2)
+    merger = ValidatedMerger(queries="last", margin=margin)
+    slots, dropped = merger.merge(states, survivors), DropMerger().merge(states, survivors)
+    held_out = replace(states, queries=states.queries[:, :, ::4])
+    mine, theirs = error(held_out, slots), error(held_out, dropped)
+    assert (mine <= theirs * (1 + 1e-5)).all()
+    changed = (slots.values != dropped.values).any(-1).any(-1)
+    assert changed.any() == (margin < 1)
+    assert (mine[changed] < (1 - margin) * theirs[changed] * (1 + 1e-5)).all()
+    assert torch.equal(slots.num_merged == 0, ~changed)
+
+
+def test_validated_takes_the_best_for_each_head():
+    states = some_states(40, heads=5, asked=12)
+    survivors = keep(states, 12)
+    names = ["similarity", "count", "mass"]
+    slots = ValidatedMerger(queries="last", mergers=names, margin=0.0).merge(states, survivors)
+    fitted = replace(
+        states,
+        reference=ReferenceQueries(states.queries, states.query_positions).pick(
+            torch.tensor([i for i in range(12) if i % 4])
+        ),
+    )
+    held_out = replace(states, queries=states.queries[:, :, ::4])
+    results = [DropMerger().merge(states, survivors), *(MERGERS[name]().merge(fitted, survivors) for name in names)]
+    errors = torch.stack([error(held_out, result) for result in results])
+    for row in range(2):
+        for head in range(5):
+            best = results[errors[:, row, head].argmin()]
+            torch.testing.assert_close(slots.values[row, head], best.values[row, head])
+
+
+def test_cam_equals_loops():
+    states = some_states(25, batch=1, heads=2)
+    survivors = keep(states, 9, protect=2)
+    slots = CAMMerger(queries="last", window=3).merge(states, survivors)
+    for head in range(2):
+        keys, values = states.keys[0, head].double(), states.values[0, head].double()
+        drawn = (grouped(states)[0, head].flatten(0, 1).double() @ keys.T * 8**-0.5).softmax(-1).mean(0)
+        kept = survivors.indices[0, head].tolist()
+        expected, merged = {j: values[j].clone() for j in kept}, 0
+        for i in set(range(25)) - set(kept):
+            following = [j for j in kept[2:] if j > i][:3]
+            if following:
+                p = min(1.0, float(drawn[i] / drawn[following].mean()))
+                merged += 1
+                for j in following:
+                    expected[j] += p * values[i] / len(following)
+        for slot, j in enumerate(kept):
+            torch.testing.assert_close(slots.values[0, head, slot].double(), expected[j], rtol=1e-4, atol=1e-5)
+        assert (slots.num_merged[0, head], slots.num_dropped[0, head]) == (merged, 16 - merged)
+
+
 # Reference queries ----------------------------------------------------------------------------------------------------
 
 
@@ -320,3 +426,14 @@ def test_queries_see_what_is_not_later():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         MassMerger(**options)
+
+
+def test_bad_options_of_wrapping_mergers():
+    with pytest.raises(ValueError, match="unknown merger 'masses'"):
+        RefitMerger(merger="masses")
+    with pytest.raises(ValueError, match="ridge is 0"):
+        RefitMerger(ridge=0)
+    with pytest.raises(ValueError, match=r"mergers is \(\); give a list of mergers"):
+        ValidatedMerger(mergers=())
+    with pytest.raises(ValueError, match="held_out is 0.9"):
+        ValidatedMerger(held_out=0.9)

@@ -1,26 +1,35 @@
 """Mergers: what becomes of evicted tokens. `MERGERS` is the table of their names."""
 
 from .base import Merger
+from .cam import CAMMerger
 from .count import CountMerger
 from .drop import DropMerger
 from .mass import MassMerger
 from .queries import QUERY_SOURCES, QuerySource
+from .refit import RefitMerger
 from .similarity import SimilarityMerger
+from .validated import ValidatedMerger
 
 MERGERS: dict[str, type[Merger]] = {
+    "cam": CAMMerger,
     "count": CountMerger,
     "drop": DropMerger,
     "mass": MassMerger,
+    "refit": RefitMerger,
     "similarity": SimilarityMerger,
+    "validated": ValidatedMerger,
 }
 
 __all__ = [
     "MERGERS",
     "QUERY_SOURCES",
+    "CAMMerger",
     "CountMerger",
     "DropMerger",
     "MassMerger",
     "Merger",
     "QuerySource",
+    "RefitMerger",
     "SimilarityMerger",
+    "ValidatedMerger",
 ]

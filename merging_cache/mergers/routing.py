@@ -95,7 +95,7 @@ class Routing:
     def totals(self, states: LayerStates, survivors: Survivors) -> Tensor:
         """`[B, H, K]`, the sum of the weights of what is folded into each survivor."""
         ones = torch.ones((*states.positions.shape, 1), device=states.keys.device)
-        return self._sums(ones, survivors.indices.shape[2]).squeeze(-1)
+        return self.sums(ones, survivors.indices.shape[2]).squeeze(-1)
 
     def fold(self, states: Tensor, survivors: Survivors) -> Tensor:
         """The weighted mean `(s_j + sum_i w_i s_i) / (1 + sum_i w_i)` of every survivor and what is folded into it.
@@ -111,7 +111,7 @@ class Routing:
             folded[first + touched] = mean.to(states.dtype)
         return own
 
-    def _sums(self, states: Tensor, num_slots: int) -> Tensor:
+    def sums(self, states: Tensor, num_slots: int) -> Tensor:
         """`[B, H, K, D]` in fp32, the weighted sums of what is folded into each survivor, itself left out."""
         batch, heads, _, dim = states.shape
         sums = torch.zeros((batch * heads * num_slots, dim), device=states.device)
