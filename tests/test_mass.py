@@ -17,6 +17,7 @@ from merging_cache.mergers import (
     DropMerger,
     MassMerger,
     RefitMerger,
+    ResidualMerger,
     SimilarityMerger,
     ValidatedMerger,
 )
@@ -356,6 +357,51 @@ def test_cam_equals_loops():
         for slot, j in enumerate(kept):
             torch.testing.assert_close(slots.values[0, head, slot].double(), expected[j], rtol=1e-4, atol=1e-5)
         assert (slots.num_merged[0, head], slots.num_dropped[0, head]) == (merged, 16 - merged)
+
+
+@pytest.mark.parametrize("mass", ["fitted", "count"])
+def test_residual_equals_loops(mass):
+    states = some_states(30, batch=1, heads=2)
+    survivors = keep(states, 12, protect=2)
+    survivors = replace(survivors, scores=torch.rand(1, 2, 12))
+    slots = ResidualMerger(queries="last", share=0.3, mass=mass).merge(states, survivors)
+    for head in range(2):
+        keys, values = states.keys[0, head].double(), states.values[0, head].double()
+        queries = grouped(states)[0, head].flatten(0, 1).double()
+        logits = queries @ keys.T * 8**-0.5
+        attention = logits.softmax(-1)
+        kept = survivors.indices[0, head].tolist()
+        worst = sorted(range(2, 12), key=lambda k: survivors.scores[0, head, k].item())[:3]
+        stay = [j for k, j in enumerate(kept) if k not in worst]
+        gone = sorted(set(range(30)) - set(stay))
+        expected = {j: (keys[j], values[j], 0.0) for j in stay}
+        for s in range(3):
+            stretch = gone[s * len(gone) // 3 : (s + 1) * len(gone) // 3]
+            weights = attention[:, stretch].mean(0) if mass == "fitted" else torch.ones(len(stretch)).double()
+            key, value = ((weights @ part[stretch]) / weights.sum() for part in (keys, values))
+            x = (queries @ key * 8**-0.5 - logits.logsumexp(-1)).exp()
+            fitted = float((attention[:, stretch].sum(-1) * x).sum() / (x * x).sum())
+            number = min(max(fitted, 0.01), 2 * len(stretch)) if mass == "fitted" else len(stretch)
+            expected[stretch[-1]] = key, value, torch.tensor(number).log().item()
+        for slot, (position, (key, value, log_mass)) in enumerate(sorted(expected.items())):
+            assert slots.positions[0, head, slot] == position
+            torch.testing.assert_close(slots.keys[0, head, slot].double(), key, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(slots.values[0, head, slot].double(), value, rtol=1e-4, atol=1e-5)
+            assert slots.log_mass[0, head, slot].item() == pytest.approx(log_mass, abs=1e-4)
+        assert (slots.num_merged[0, head], slots.num_dropped[0, head]) == (len(gone), 0)
+
+
+def test_residual_slots_remember_their_own_tokens():
+    """What a scorer keeps per token follows the token that a slot is named after."""
+    model, ids = llama(), prompt(60)
+    options = {"model": model, "scorer": "observed_attention", **WINDOW}
+    whole = MergingDynamicCache(fold_at="decode", **options)
+    model(ids, past_key_values=whole)
+    folded = MergingDynamicCache(merger="residual", **options)
+    model(ids, past_key_values=folded)
+    before, after = (cache.layers[0]._observed.statistics.tokens for cache in (whole, folded))
+    torch.testing.assert_close(after, before.gather(2, folded.layers[0].positions.unsqueeze(-1).expand_as(after)))
+    assert folded.layers[0].log_mass.any()
 
 
 # Reference queries ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from .drop import DropMerger
 from .mass import MassMerger
 from .queries import QUERY_SOURCES, QuerySource
 from .refit import RefitMerger
+from .residual import ResidualMerger
 from .similarity import SimilarityMerger
 from .validated import ValidatedMerger
 
@@ -16,6 +17,7 @@ MERGERS: dict[str, type[Merger]] = {
     "drop": DropMerger,
     "mass": MassMerger,
     "refit": RefitMerger,
+    "residual": ResidualMerger,
     "similarity": SimilarityMerger,
     "validated": ValidatedMerger,
 }
@@ -30,6 +32,7 @@ __all__ = [
     "Merger",
     "QuerySource",
     "RefitMerger",
+    "ResidualMerger",
     "SimilarityMerger",
     "ValidatedMerger",
 ]
