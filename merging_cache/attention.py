@@ -61,6 +61,7 @@ class Link:
         if config is not None and getattr(config, "architectures", None):
             self.model_name = config.architectures[0]
         self._config = None if config is None else config.get_text_config(decoder=True)
+        self._reading: weakref.ref[Any] | None = None
         self._model_link: ModelLink | None = None
         if model is None:
             return
@@ -84,6 +85,11 @@ class Link:
         """Whether the model is known not to be linked (any more)."""
         return self._config is not None and not is_linked(self._config)
 
+    def reads(self, layer: Any) -> Any:
+        """Note that the attention of this pass is to read the slots of `layer`; returns the layer before it."""
+        before, self._reading = self._reading, weakref.ref(layer)
+        return None if before is None else before()
+
     def release(self, model: PreTrainedModel | None) -> None:
         """Put the model back as it was before it was linked, unless another cache or a `with` block still needs it.
 
@@ -102,7 +108,7 @@ class Link:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Link":
         twin = object.__new__(Link)  # a copy of a cache belongs to the same model, and has to be released by itself
-        vars(twin).update(vars(self))
+        vars(twin).update(vars(self) | {"_reading": None})
         if self._model_link is not None:
             self._model_link.hold(twin)
         return twin

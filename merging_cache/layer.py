@@ -188,6 +188,8 @@ class MergingLayer(DynamicLayer):
                 "(heads of different lengths, or slots with mass), but it is not linked any more. Go on before "
                 f"release() or inside `with merging_attention(model):`, or make a new {self._link.cache_name}"
             )
+        if self._has_fitted_slots and (other := self._link.reads(self)) is not None:
+            other._miss_attention()  # the first layer whose slots nobody read stops the pass that it spoils
         before = self.num_stored
         if before:
             self._storage.append(key_states, value_states)

@@ -120,7 +120,8 @@ class RaggedStorage:
         starts, lengths = self.layout.starts, self.layout.lengths
         used = torch.zeros(len(lengths), dtype=torch.bool, device=lengths.device)
         used[kept.to(lengths.device)] = True
-        if not isinstance(self.slots, DenseStorage) or 2 * int(lengths[used].sum()) > self.slots.length:
+        num_used = int(lengths[used].sum())
+        if not isinstance(self.slots, DenseStorage) or not 0 < num_used <= self.slots.length // 2:
             return None
         slots = zip(starts[used].flatten().tolist(), lengths[used].flatten().tolist(), strict=True)
         flat = torch.cat([torch.arange(first, first + count, device=starts.device) for first, count in slots])

@@ -404,15 +404,33 @@ def test_ragged_slots_need_the_link_to_the_end(how):
         model(prompt(1), past_key_values=cache)
 
 
-def test_a_thawed_ragged_cache_says_when_nobody_reads_its_slots():
+@pytest.mark.parametrize("options", [{"budget": "adakv"}, {"merger": "count"}])
+@pytest.mark.parametrize("how", ["thawed", "another model"])
+def test_slots_that_nobody_reads_stop_the_pass(how, options):
+    """A cache that cannot know which model runs it sees it at the second layer."""
     model = llama()
-    cache = linked(model, budget="adakv")
+    cache = linked(model, **options)
     model(prompt(40), past_key_values=cache)
-    thawed = pickle.loads(pickle.dumps(cache))
-    cache.release()
-    model(prompt(1), past_key_values=thawed)  # it cannot know which model this is
-    with pytest.raises(ValueError, match="AdaKVBudget must see the attention of"):
-        model(prompt(1), past_key_values=thawed)
+    other = pickle.loads(pickle.dumps(cache)) if how == "thawed" else cache
+    runs = llama() if how == "another model" else model
+    if how == "thawed":
+        cache.release()
+    with pytest.raises(ValueError, match=r"(AdaKVBudget|CountMerger) must see the attention of"):
+        runs(prompt(1), past_key_values=other)
+
+
+def test_rows_that_hold_nothing_yet_can_be_selected():
+    model, inputs = llama(), left_padded([30, 10])
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    position_ids = (mask.cumsum(1) - 1).clamp_min(0)
+    cache = linked(model, budget="adakv", max_tokens=12)
+    model(ids[:, :16], attention_mask=mask[:, :16], position_ids=position_ids[:, :16], past_key_values=cache)
+    cache.batch_select_indices(torch.tensor([1]))
+    rest = {"attention_mask": mask[1:], "position_ids": position_ids[1:, 16:]}
+    logits = model(ids[1:, 16:], past_key_values=cache, **rest).logits
+    alone = linked(model, budget="adakv", max_tokens=12)
+    expected = model(ids[1:, 20:], past_key_values=alone).logits
+    torch.testing.assert_close(logits[:, 4:], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_choice_made_meanwhile_is_kept():

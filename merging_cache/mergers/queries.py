@@ -65,9 +65,9 @@ class StratifiedQueries(QuerySource):
         queries, positions = states.queries[:, :, first:], states.query_positions[0, first:]  # rows are alike
         if states.statistics is not None:
             kept, where = states.statistics.queries
-            known = where[0, 0, :, 0] >= 0
+            known = where[0, 0, :, 0] > 0
             queries = torch.cat([kept[:, :, known], queries], dim=2)
-            positions = torch.cat([where[0, 0, known, 0], positions])
+            positions = torch.cat([where[0, 0, known, 0] - 1, positions])
         room, stretch = 2 * self.count, 1
         while states.seen // stretch > room:
             stretch *= 2  # the last of every two stretches is the last of both, so nothing thrown away is missed
@@ -75,16 +75,16 @@ class StratifiedQueries(QuerySource):
         batch, heads, _, dim = queries.shape
         buffer = queries.new_zeros((batch, heads, room, dim))
         buffer[:, :, : len(chosen)] = queries[:, :, chosen]
-        where = positions.new_full((batch, heads, room, 1), -1)
-        where[:, :, : len(chosen), 0] = positions[chosen]
+        where = positions.new_zeros((batch, heads, room, 1))  # 1 + the position, 0 where there is no query
+        where[:, :, : len(chosen), 0] = positions[chosen] + 1
         return Statistics(queries=(buffer, where))
 
     def reference(self, states: LayerStates) -> ReferenceQueries:
         if states.rotary is None or states.statistics is None:
             return LastQueries(self.count).reference(states)
         buffer, where = states.statistics.queries
-        known = where[0, 0, :, 0] >= 0
-        queries, positions = buffer[:, :, known], where[:, 0, known, 0]
+        known = where[0, 0, :, 0] > 0
+        queries, positions = buffer[:, :, known], where[:, 0, known, 0] - 1
         ahead = states.positions[..., -1].amax(dim=1, keepdim=True) + 1  # rows are alike
         ahead = ahead + torch.arange(queries.shape[2], device=queries.device)
         turned = states.rotary.rotated(states.rotary.unrotated(queries, positions), ahead)
