@@ -45,16 +45,10 @@ def build_variants(model, scorers: dict[str, dict], mergers: list[str], ratios: 
     }
 
 
-def mean_accuracy(variant: Variant) -> float:
-    """The mean over the kinds of questions of the mean accuracy of each."""
-    means = [sum(scores) / len(scores) for scores in variant.scores.values()]
-    return sum(means) / len(means)
-
-
 def markdown(variants: dict, scorers: list[str], mergers: list[str], ratios: list[float]) -> Iterator[str]:
     """A row for each scorer, the best first, and a pair of columns for each ratio."""
     columns = list(itertools.product(ratios, mergers))
-    rows = {name: [mean_accuracy(variants[name, *column]) for column in columns] for name in scorers}
+    rows = {name: [variants[name, *column].mean for column in columns] for name in scorers}
     yield "| scorer | " + " | ".join(f"{merger} {ratio:.0%}" for ratio, merger in columns) + " |"
     yield "|---" * (1 + len(columns)) + "|"
     for name, means in sorted(rows.items(), key=lambda row: -sum(row[1])):
@@ -103,7 +97,7 @@ def main() -> None:
 
     count = sum(map(len, questions))
     print(f"\n{count} questions about {len(contexts)} contexts of {options.words} words or more; ", end="")
-    print(f"budget {options.budget or 'of the scorer'}; full cache {mean_accuracy(variants[None]):.2f}\n")
+    print(f"budget {options.budget or 'of the scorer'}; full cache {variants[None].mean:.2f}\n")
     print("\n".join(markdown(variants, options.scorers, options.mergers, options.ratios)))
     if options.output is not None:
         result = {variant.name: variant.scores for variant in variants.values()}

@@ -40,12 +40,21 @@ class Variant:
     tokens: int = 0
     seconds: float = 0.0
 
+    @property
+    def means(self) -> list[float]:
+        """The mean score of each kind of question."""
+        return [sum(values) / len(values) for values in self.scores.values()]
+
+    @property
+    def mean(self) -> float:
+        """The mean of these, all kinds alike."""
+        return sum(self.means) / len(self.means)
+
     def row(self, full_bytes: int) -> list[str]:
-        means = [sum(values) / len(values) for values in self.scores.values()]
         return [
             self.name,
-            *(f"{mean:.2f}" for mean in means),
-            f"{sum(means) / len(means):.2f}",
+            *(f"{mean:.2f}" for mean in self.means),
+            f"{self.mean:.2f}",
             f"{self.nbytes:,}",
             f"{self.nbytes / full_bytes:.2f}",
             f"{self.tokens / self.seconds:.0f}",

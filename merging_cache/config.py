@@ -89,7 +89,14 @@ class MergingConfig:
         check_choice("fold_at", self.fold_at, FOLD_AT)
         if self.budget is None:
             object.__setattr__(self, "budget", build_scorer(self.scorer).default_budget)
-        self.build()
+        fold = Fold(
+            scorer=build_scorer(self.scorer),
+            budget=build_stage("budget", self.budget, BUDGETS, Budget),
+            merger=build_stage("merger", self.merger, MERGERS, Merger),
+            sink_tokens=self.sink_tokens,
+            recent_tokens=self.recent_tokens,
+        )
+        object.__setattr__(self, "_fold", fold)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MergingConfig":
         return self  # immutable, so copies of a cache share it (a learned scorer's weights with it)
@@ -101,14 +108,8 @@ class MergingConfig:
         return max(1, math.floor(seen * (1 - self.compression_ratio)))
 
     def build(self) -> Fold:
-        """The fold this config describes."""
-        return Fold(
-            scorer=build_scorer(self.scorer),
-            budget=build_stage("budget", self.budget, BUDGETS, Budget),
-            merger=build_stage("merger", self.merger, MERGERS, Merger),
-            sink_tokens=self.sink_tokens,
-            recent_tokens=self.recent_tokens,
-        )
+        """The fold this config describes: always the same one, so that layers share what its stages have loaded."""
+        return self._fold
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "MergingConfig":

@@ -182,14 +182,8 @@ class MergingLayer(DynamicLayer):
         self._miss_attention()
         if not self.record_past and (new == 1 or self._config.fold_at == "prefill"):
             self._fold_if_due()
-        if self._has_fitted_slots and self._link.is_broken:
-            raise ValueError(
-                f"layer {self.layer_idx} has slots that only the linked attention of {self._link.model_name} can read "
-                "(heads of different lengths, or slots with mass), but it is not linked any more. Go on before "
-                f"release() or inside `with merging_attention(model):`, or make a new {self._link.cache_name}"
-            )
-        if self._has_fitted_slots and (other := self._link.reads(self)) is not None:
-            other._miss_attention()  # the first layer whose slots nobody read stops the pass that it spoils
+        if self._has_fitted_slots:
+            self._check_link()
         before = self.num_stored
         if before:
             self._storage.append(key_states, value_states)
@@ -576,6 +570,17 @@ class MergingLayer(DynamicLayer):
                 f"layer {self.layer_idx} holds {self._shape[1]} KV heads with dimensions {self._dims} (keys, values), "
                 f"but got {keys.shape[1]} with {(keys.shape[3], values.shape[3])}; is this cache from another model?"
             )
+
+    def _check_link(self) -> None:
+        """Refuse a pass that cannot read this layer's slots, or did not read those of the layer before."""
+        if self._link.is_broken:
+            raise ValueError(
+                f"layer {self.layer_idx} has slots that only the linked attention of {self._link.model_name} can read "
+                "(heads of different lengths, or slots with mass), but it is not linked any more. Go on before "
+                f"release() or inside `with merging_attention(model):`, or make a new {self._link.cache_name}"
+            )
+        if (other := self._link.reads(self)) is not None:
+            other._miss_attention()  # the first layer whose slots nobody read stops the pass that it spoils
 
     def _check_mergeable(self, keys: Tensor, values: Tensor) -> None:
         if self._fold.merger.merges_values and keys.shape[3] != values.shape[3]:

@@ -25,12 +25,17 @@ class Statistics:
     tokens: Tensor | None = None
     queries: tuple[Tensor, ...] = ()
 
-    def select(self, rows: Tensor, tokens: Tensor | None = None) -> "Statistics":
-        """Of these `rows` (indices), and of these `tokens` (indices) where any are named."""
+    def select(self, rows: Tensor | slice, tokens: Tensor | None = None) -> "Statistics":
+        """Of these `rows` (indices, or a slice), and of these `tokens` (indices) where any are named."""
         mine = None if self.tokens is None else self.tokens[rows]
         if mine is not None and tokens is not None:
             mine = mine.index_select(2, tokens)
         return Statistics(mine, tuple(tensor[rows] for tensor in self.queries))
+
+    def of_heads(self, heads: slice, num_heads: int) -> "Statistics":
+        """Of these of the `num_heads` KV heads."""
+        tokens = None if self.tokens is None else self.tokens[:, heads]
+        return Statistics(tokens, tuple(readers_of(tensor, heads, num_heads) for tensor in self.queries))
 
     def resized(self, length: int) -> "Statistics":
         """With room for `length` tokens: zeros for new ones, or without the last ones."""
@@ -190,27 +195,20 @@ class LayerStates:
 
     def of_heads(self, heads: slice) -> "LayerStates":
         """Only these KV heads, with the query heads that read them."""
-
-        def group(tensor: Tensor) -> Tensor:
-            size = tensor.shape[1] // self.keys.shape[1]
-            return tensor.unflatten(1, (-1, size))[:, heads].flatten(1, 2)
-
-        def of_part(statistics: Statistics) -> Statistics:
-            tokens = None if statistics.tokens is None else statistics.tokens[:, heads]
-            return Statistics(tokens, tuple(map(group, statistics.queries)))
-
-        every = torch.arange(self.keys.shape[1], device=self.keys.device) if self.heads is None else self.heads
+        count = self.keys.shape[1]
+        every = torch.arange(count, device=self.keys.device) if self.heads is None else self.heads
         reference = self.reference
         if reference is not None:
-            reference = ReferenceQueries(group(reference.queries), reference.positions)
+            reference = replace(reference, queries=readers_of(reference.queries, heads, count))
         return self._of_tokens(
             lambda tensor: tensor[:, heads],
-            queries=None if self.queries is None else group(self.queries),
-            statistics=None if self.statistics is None else of_part(self.statistics),
-            remembered={name: of_part(one) for name, one in self.remembered.items()},
+            valid=None if self.valid is None else self.valid[:, heads],
+            queries=None if self.queries is None else readers_of(self.queries, heads, count),
+            statistics=None if self.statistics is None else self.statistics.of_heads(heads, count),
+            remembered={name: one.of_heads(heads, count) for name, one in self.remembered.items()},
             reference=reference,
             heads=every[heads],
-            num_heads=self.keys.shape[1] if self.num_heads is None else self.num_heads,
+            num_heads=count if self.num_heads is None else self.num_heads,
         )
 
     def _of_tokens(self, take: Callable[[Tensor], Tensor], **others: Any) -> "LayerStates":
@@ -249,41 +247,47 @@ class LayerStates:
         """
         valid = torch.ones_like(self.positions, dtype=torch.bool) if self.valid is None else self.valid
         counts = valid.sum(-1, keepdim=True) if kept is None else torch.stack([valid.sum(-1), kept], dim=-1)
-        every = torch.arange(self.keys.shape[1], device=self.keys.device) if self.heads is None else self.heads
         alike_rows = (counts == counts[:, :1]).flatten(1).all(dim=1).tolist()
         for row, alike in enumerate(alike_rows):
-            parts = [slice(None)] if alike else [slice(head, head + 1) for head in range(len(every))]
+            here = torch.tensor([row], device=valid.device)
+            whole = self._row(row)
+            parts = [slice(None)] if alike else [slice(head, head + 1) for head in range(valid.shape[1])]
             for heads in parts:
-                tokens = valid[row, heads].nonzero()[:, 1].view(len(every[heads]), -1)
-                here = torch.tensor([row], device=tokens.device)
-                yield here, heads, tokens, self._part(row, heads, tokens, None if alike else every[heads])
+                tokens = valid[row, heads].nonzero()[:, 1].view(len(valid[row, heads]), -1)
+                yield here, heads, tokens, (whole if alike else whole.of_heads(heads))._stored(tokens)
 
-    def _part(self, row: int, heads: slice, tokens: Tensor, named: Tensor | None) -> "LayerStates":
+    def _row(self, row: int) -> "LayerStates":
+        """One row of the batch, as a batch of one."""
+        only = slice(row, row + 1)
+
+        def take(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[only]
+
+        return self._of_tokens(
+            lambda tensor: tensor[only],
+            valid=take(self.valid),
+            queries=take(self.queries),
+            query_positions=take(self.query_positions),
+            hidden_states=take(self.hidden_states),
+            statistics=None if self.statistics is None else self.statistics.select(only),
+            remembered={name: one.select(only) for name, one in self.remembered.items()},
+        )
+
+    def _stored(self, tokens: Tensor) -> "LayerStates":
+        """Of one row, the tokens `[H, L]` that each head stores, equally many."""
+
         def take(tensor: Tensor) -> Tensor:
             index = tokens.view(1, *tokens.shape, *[1] * (tensor.dim() - 3))
-            return tensor[row : row + 1, heads].gather(2, index.expand(-1, -1, -1, *tensor.shape[3:]))
+            return tensor.gather(2, index.expand(-1, -1, -1, *tensor.shape[3:]))
 
-        def group(tensor: Tensor) -> Tensor:
-            size = tensor.shape[1] // self.keys.shape[1]
-            return tensor[row : row + 1].unflatten(1, (-1, size))[:, heads].flatten(1, 2)
-
-        def of_row(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[row : row + 1]
-
-        def of_part(statistics: Statistics) -> Statistics:
-            tokens_of_part = None if statistics.tokens is None else take(statistics.tokens)
-            return Statistics(tokens_of_part, tuple(map(group, statistics.queries)))
+        def of_tokens(statistics: Statistics) -> Statistics:
+            return statistics if statistics.tokens is None else replace(statistics, tokens=take(statistics.tokens))
 
         return self._of_tokens(
             take,
             valid=None,
-            queries=None if self.queries is None else group(self.queries),
-            query_positions=of_row(self.query_positions),
-            hidden_states=of_row(self.hidden_states),
-            statistics=None if self.statistics is None else of_part(self.statistics),
-            remembered={name: of_part(one) for name, one in self.remembered.items()},
-            heads=self.heads if named is None else named,
-            num_heads=self.keys.shape[1] if named is not None and self.num_heads is None else self.num_heads,
+            statistics=None if self.statistics is None else of_tokens(self.statistics),
+            remembered={name: of_tokens(one) for name, one in self.remembered.items()},
         )
 
 
@@ -361,17 +365,9 @@ class Slots:
         """The slots of some heads after another, all with as many."""
         if len(parts) == 1:
             return parts[0]
-        joined = {}
-        for one in fields(cls):
-            tensors = [getattr(part, one.name) for part in parts]
-            if any(tensor is not None for tensor in tensors):
-                like = next(tensor for tensor in tensors if tensor is not None)
-                missing = [
-                    torch.zeros_like(like[:, :1]).expand(-1, part.keys.shape[1], *like.shape[2:]) for part in parts
-                ]
-                tensors = [m if t is None else t for t, m in zip(tensors, missing, strict=True)]
-                joined[one.name] = torch.cat(tensors, dim=1)
-        return cls(**joined)
+        columns = {one.name: [getattr(part, one.name) for part in parts] for one in fields(cls)}
+        held = {name: tensors for name, tensors in columns.items() if any(tensor is not None for tensor in tensors)}
+        return cls(**{name: torch.cat(tensors, dim=1) for name, tensors in held.items()})
 
     @classmethod
     def of_survivors(cls, states: LayerStates, survivors: Survivors) -> "Slots":
@@ -431,3 +427,8 @@ def top_tokens(scores: Tensor, count: int) -> Tensor:
     """The ascending indices `[B, H, count]` of the highest scores `[B, H, L]`; of equal ones, the later tokens."""
     from_the_end = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :count]
     return (scores.shape[-1] - 1 - from_the_end).sort(dim=-1).values
+
+
+def readers_of(tensor: Tensor, heads: slice, num_heads: int) -> Tensor:
+    """Of `[B, Hq, ...]` the query heads that read these of the `num_heads` KV heads."""
+    return tensor.unflatten(1, (num_heads, -1))[:, heads].flatten(1, 2)

@@ -434,6 +434,20 @@ def test_weights_that_do_not_fit(tmp_path):
             model(prompt(LENGTH), past_key_values=cache)
 
 
+def test_layers_load_their_weights_once(tmp_path, monkeypatch):
+    """Named by a dict, a scorer is built once and serves all layers."""
+    from merging_cache import weights
+
+    kvzap_weights(tmp_path / "w", "linear")
+    loaded, load_file = [], weights.load_file
+    monkeypatch.setattr(weights, "load_file", lambda file: loaded.append(file) or load_file(file))
+    model = llama()
+    cache = MergingDynamicCache(model=model, scorer={"name": "kvzap", "weights": str(tmp_path / "w")}, **WINDOW)
+    model(prompt(LENGTH), past_key_values=cache)
+    assert all(layer.num_slots for layer in cache.layers)
+    assert loaded == [tmp_path / "w" / "model.safetensors"]
+
+
 def test_files_that_are_no_weights(tmp_path):
     for name in ("junk.safetensors", "junk.pt"):
         (tmp_path / name).write_bytes(b"no weights at all")

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 
-from ..stage import Stage
+from ..stage import Spec, Stage, build_stage
 from ..states import LayerStates, Slots, Survivors
 
 
@@ -22,3 +22,10 @@ class Merger(Stage, ABC):
     @abstractmethod
     def merge(self, states: LayerStates, survivors: Survivors) -> Slots:
         """Fold the evicted tokens of `states` into `survivors`. What it returns owns its memory."""
+
+
+def build_merger(spec: Spec | Merger) -> Merger:
+    """A merger from its name, its dict, or itself."""
+    from . import MERGERS  # the table that the calling merger is in
+
+    return build_stage("merger", spec, MERGERS, Merger)

@@ -101,8 +101,12 @@ def attention_logits(reference: ReferenceQueries, keys: Tensor, scale: float, bi
     return logits if bias is None else logits + bias.float().unsqueeze(2)
 
 
-def seen_by(reference: ReferenceQueries, positions: Tensor) -> Tensor:
-    """`[B, H, R, S]` bool, which of the tokens at `positions` `[B, H, S]` each query of the group sees."""
-    groups = reference.queries.shape[1] // positions.shape[1]
+def attention_weights(
+    reference: ReferenceQueries, keys: Tensor, positions: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """`[B, H, R, S]` in fp32, a group's attention to what it sees of keys `[B, H, S, D]` at `positions` `[B, H, S]`."""
+    logits = attention_logits(reference, keys, scale, bias)
+    groups = reference.queries.shape[1] // keys.shape[1]
     asked = reference.positions.repeat(1, groups)  # the group's heads one after another, as in `attention_logits`
-    return positions.unsqueeze(2) <= asked[:, None, :, None]
+    hidden = positions.unsqueeze(2) > asked[:, None, :, None]
+    return logits.masked_fill_(hidden, -torch.inf).softmax(dim=-1).masked_fill_(hidden, 0.0)

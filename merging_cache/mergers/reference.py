@@ -3,13 +3,12 @@
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from ..stage import Spec, build_stage
-from ..states import TILE, LayerStates, ReferenceQueries, Slots, Statistics, Survivors
+from ..states import TILE, LayerStates, Slots, Statistics, Survivors
 from .base import Merger
-from .queries import QUERY_SOURCES, QuerySource, attention_logits, seen_by
+from .queries import QUERY_SOURCES, QuerySource, attention_weights
 
 
 @dataclass
@@ -58,20 +57,20 @@ class ReferenceMerger(Merger):
 
 def full_attention(states: LayerStates) -> Tensor:
     """`[B, H, R, L]` in fp32, the attention of the R reference queries of each head's group to all tokens."""
-    logits = attention_logits(states.reference, states.keys, states.logit_scale, states.log_mass)
-    hidden = ~seen_by(states.reference, states.positions)
-    return logits.masked_fill_(hidden, -torch.inf).softmax(dim=-1).masked_fill_(hidden, 0.0)
+    return attention_weights(states.reference, states.keys, states.positions, states.logit_scale, states.log_mass)
 
 
-def slot_attention(slots: Slots, reference: ReferenceQueries, scale: float) -> Tensor:
+def full_output(states: LayerStates) -> Tensor:
+    """`[B, H, R, D]` in fp32, what they read from all tokens."""
+    return full_attention(states) @ states.values.float()
+
+
+def slot_attention(slots: Slots, states: LayerStates) -> Tensor:
     """`[B, H, R, K]` in fp32, their attention to the slots after a fold."""
-    logits = attention_logits(reference, slots.keys, scale, slots.log_mass)
-    hidden = ~seen_by(reference, slots.positions)
-    return logits.masked_fill_(hidden, -torch.inf).softmax(dim=-1).masked_fill_(hidden, 0.0)
+    return attention_weights(states.reference, slots.keys, slots.positions, states.logit_scale, slots.log_mass)
 
 
-def output_error(slots: Slots, states: LayerStates) -> Tensor:
-    """`[B, H]`, the squared error of the attention output of the reference queries, summed."""
-    wanted = full_attention(states) @ states.values.float()
-    given = slot_attention(slots, states.reference, states.logit_scale) @ slots.values.float()
+def output_error(slots: Slots, states: LayerStates, wanted: Tensor) -> Tensor:
+    """`[B, H]`, the squared error of what they read from the slots against `wanted` `[B, H, R, D]`, summed."""
+    given = slot_attention(slots, states) @ slots.values.float()
     return (given - wanted).square().sum(dim=(2, 3))

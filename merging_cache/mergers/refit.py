@@ -1,18 +1,18 @@
 """Values refitted until the folded cache answers as the full one does."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ..stage import option
+from ..stage import Spec, option
 from ..states import LayerStates, Slots, Survivors
-from .reference import full_attention, slot_attention
-from .wrapper import WrappingMerger
+from .base import Merger, build_merger
+from .reference import ReferenceMerger, full_output, slot_attention
 
 
 @dataclass
-class RefitMerger(WrappingMerger):
+class RefitMerger(ReferenceMerger):
     """Ridge regression of the slots' values on the full cache's outputs, anchored at another merger's (GRKV,
     arXiv:2605.31105).
 
@@ -24,7 +24,7 @@ class RefitMerger(WrappingMerger):
 
     Args:
         queries: see `ReferenceMerger`.
-        merger: the merger to improve on.
+        merger: the merger to improve on: a name, a dict or a `Merger`. It is given the same reference queries.
         ridge: weight of the penalty on changes, the rows of X summing to 1.
         max_change: the largest change, relative to the norm of all values of the head.
         guarded: the share of slots, those with the most attention, that stay as they are.
@@ -33,16 +33,26 @@ class RefitMerger(WrappingMerger):
         ValueError: if an option is out of its range.
     """
 
+    merger: Spec | Merger = "mass"
+    inner: Merger = field(init=False, repr=False, compare=False)
     ridge: float = option(0.1, minimum=1e-6)
     max_change: float = option(0.25, minimum=0)
     guarded: float = option(0.1, minimum=0, maximum=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.inner = build_merger(self.merger)
+
+    @property
+    def has_mass(self) -> bool:
+        return self.inner.has_mass
 
     def merge_heads(self, states: LayerStates, survivors: Survivors) -> Slots:
         slots = self.inner.merge(states, survivors)
         if slots.log_mass is not None:  # as attention will see it
             slots = replace(slots, log_mass=slots.log_mass.to(states.keys.dtype).float())
-        attention = slot_attention(slots, states.reference, states.logit_scale)  # [B, H, R, K]
-        wanted, values = full_attention(states) @ states.values.float(), slots.values.float()
+        attention = slot_attention(slots, states)  # [B, H, R, K]
+        wanted, values = full_output(states), slots.values.float()
         missing = wanted - attention @ values
         free = attention * self._free(slots, states, survivors, attention).unsqueeze(2)
         gram = free @ free.mT

@@ -7,10 +7,9 @@ import torch
 
 from ..stage import Spec, option
 from ..states import LayerStates, Slots, Survivors
-from .base import Merger
+from .base import Merger, build_merger
 from .drop import DropMerger
-from .reference import ReferenceMerger, output_error
-from .wrapper import build_merger
+from .reference import ReferenceMerger, full_output, output_error
 
 
 @dataclass
@@ -54,7 +53,8 @@ class ValidatedMerger(ReferenceMerger):
             return dropped
         fitted = replace(states, reference=states.reference.pick(asked[~judges]))
         results = [dropped, *(merger.merge(fitted, survivors) for merger in self.candidates)]
-        errors = torch.stack([output_error(slots, held_out) for slots in results])  # [1 + mergers, B, H]
+        wanted = full_output(held_out)
+        errors = torch.stack([output_error(slots, held_out, wanted) for slots in results])  # [1 + mergers, B, H]
         best = errors[1:].min(dim=0)
         chosen = torch.where(best.values < (1 - self.margin) * errors[0], best.indices + 1, 0)
         return _pick(results, chosen, survivors)
