@@ -156,7 +156,7 @@ def test_ragged_attention_is_that_of_each_head_alone(budget, attention, quantize
     for length in (1, 5):
         expected = heads_alone(model, prompt(length, batch=2, seed=length), copy.deepcopy(cache))
         logits = model(prompt(length, batch=2, seed=length), past_key_values=(copy.deepcopy(cache))).logits
-        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
