@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .attention import Link
+from .attention import Link, can_link
 from .config import MergingConfig, resolve_config
 from .hybrid import HybridLayer, MergingHybridLayer
 from .layer import MergingLayer
+from .mergers import Merger
 from .padding import Padding
 from .quantized import QuantizedStorage, make_backend
 from .report import CacheReport, report_layers
@@ -79,11 +80,11 @@ class MergingDynamicCache(DynamicCache):
         self.merging = resolve_config(merging, options)
         self._padding = Padding(attention_mask)
         self._recording = False
-        fold = self.merging.build()
+        self._fold = fold = self.merging.build(linked=model is not None and can_link(model))
         needed = self.merging.compression_ratio != 0 and fold.needs_attention
         hidden_states = needed and any(stage.needs_hidden_states for stage in fold.stages.values())
         if config is not None and self.merging.compression_ratio != 0:
-            check_supported(config.get_text_config(decoder=True), self.merging)
+            check_supported(config.get_text_config(decoder=True), fold.merger)
         self._link = Link(model, config, needed, type(self).__name__, hidden_states)
         if config is None:
             if self.merging.compression_ratio != 0:
@@ -115,7 +116,7 @@ class MergingDynamicCache(DynamicCache):
 
     def _make_layer(self, index: int, rank: tuple[int, int] | None = None, **hybrid: int) -> MergingLayer:
         kind = MergingHybridLayer if hybrid else MergingLayer
-        return kind(self.merging, self._padding, self._link, index, rank, self._storage(), **hybrid)
+        return kind(self.merging, self._fold, self._padding, self._link, index, rank, self._storage(), **hybrid)
 
     def _next_layer(self) -> MergingLayer:
         layer = self._make_layer(len(self.layers))
@@ -307,7 +308,7 @@ def config_of(config: PreTrainedConfig | None, model: PreTrainedModel | None) ->
 MIXES_HEADS = ("diffllama", "doge")
 
 
-def check_supported(config: PreTrainedConfig, merging: MergingConfig) -> None:
+def check_supported(config: PreTrainedConfig, merger: Merger) -> None:
     """Refuse models whose attention would go wrong on folded slots, from what their config tells.
 
     Raises:
@@ -334,7 +335,7 @@ def check_supported(config: PreTrainedConfig, merging: MergingConfig) -> None:
             f"{config.model_type} masks its local layers by a key's place in the cache, which after a fold is not the "
             "place of its token. Use compression_ratio=0, or another model"
         )
-    if getattr(config, "kv_lora_rank", None) is not None and merging.build().merger.merges_values:
+    if getattr(config, "kv_lora_rank", None) is not None and merger.merges_values:
         raise ValueError(
             f"{config.model_type} has multi-head latent attention (MLA), and what it caches as values carries rotary "
             "positions, which must not be averaged. Use merger='drop'"

@@ -34,7 +34,8 @@ class MergingConfig:
         max_tokens: instead of a ratio, at most this many slots per head after a fold.
         budget: how slots are shared among layers and heads: a name of `BUDGETS`, a dict or a `Budget`. `"uniform"`,
             except for scorers that come with a budget of their own (`pyramidkv`).
-        merger: what becomes of the evicted: a name of `MERGERS`, a dict or a `Merger`.
+        merger: what becomes of the evicted: a name of `MERGERS`, a dict or a `Merger`. `"auto"` is `"mass"` where the
+            cache is given the model, `"similarity"` where it is given its config only.
         sink_tokens, recent_tokens: first and last tokens of each row that always keep their slot (clipped to the
             slots there are) and that nothing is merged into.
         fold_at: `"prefill"` folds at the end of each pass of several tokens, layer by layer, so memory peaks at one
@@ -58,7 +59,7 @@ class MergingConfig:
     compression_ratio: float | None = None
     max_tokens: int | None = None
     budget: Spec | Budget | None = None
-    merger: Spec | Merger = "similarity"
+    merger: Spec | Merger = "auto"
     sink_tokens: int = 4
     recent_tokens: int = 32
     fold_at: str = "prefill"
@@ -96,7 +97,8 @@ class MergingConfig:
             sink_tokens=self.sink_tokens,
             recent_tokens=self.recent_tokens,
         )
-        object.__setattr__(self, "_fold", fold)
+        folds = {linked: dataclasses.replace(fold, merger=fold.merger.resolve(linked)) for linked in (False, True)}
+        object.__setattr__(self, "_folds", folds)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MergingConfig":
         return self  # immutable, so copies of a cache share it (a learned scorer's weights with it)
@@ -107,9 +109,13 @@ class MergingConfig:
             return min(self.max_tokens, seen)
         return max(1, math.floor(seen * (1 - self.compression_ratio)))
 
-    def build(self) -> Fold:
-        """The fold this config describes: always the same one, so that layers share what its stages have loaded."""
-        return self._fold
+    def build(self, linked: bool = False) -> Fold:
+        """The fold this config describes: always the same one, so that layers share what its stages have loaded.
+
+        Args:
+            linked: whether the cache has the model, which is what `merger="auto"` goes by.
+        """
+        return self._folds[linked]
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "MergingConfig":

@@ -16,6 +16,8 @@ from transformers.cache_utils import DynamicLayer
 
 from .attention import Link, Pass
 from .config import MergingConfig
+from .fold import Fold
+from .mergers import Merger
 from .observed import Observed, Owner
 from .padding import Padding
 from .ragged import RaggedLayout, RaggedStorage
@@ -40,6 +42,7 @@ class MergingLayer(DynamicLayer):
     def __init__(
         self,
         config: MergingConfig,
+        fold: Fold,
         padding: Padding,
         link: Link,
         layer_idx: int,
@@ -50,7 +53,7 @@ class MergingLayer(DynamicLayer):
         self.layer_idx = layer_idx
         self.layer_rank = layer_rank
         self._config = config
-        self._fold = config.build()
+        self._fold = fold
         self._padding = padding
         self._link = link
         self._new_storage = storage
@@ -148,6 +151,11 @@ class MergingLayer(DynamicLayer):
             return None
         tail = self.num_stored - self.num_slots
         return torch.nn.functional.pad(self._of_slots(self._slot_log_mass, 0.0), (0, tail))
+
+    @property
+    def merger(self) -> Merger:
+        """What becomes of the tokens that this layer evicts."""
+        return self._fold.merger
 
     @property
     def nbytes(self) -> int:
@@ -418,7 +426,7 @@ class MergingLayer(DynamicLayer):
             self._storage = RaggedStorage(self._new_storage, layout, slots.keys, slots.values)
             self._slot_positions = self._slot_positions[slots.valid]
             self._slot_log_mass = None if log_mass is None else log_mass[slots.valid]
-        self._observed.refer_to_slots(slots.statistics)
+        self._observed.settle(self._fold, slots)
         self.num_slots = slots.keys.shape[2]
         first = self.num_merged is None
         self.num_merged = slots.num_merged if first else self.num_merged + slots.num_merged

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .fold import Fold
-from .states import LayerStates, Statistics
+from .states import LayerStates, Slots, Statistics
 
 
 class Owner:
@@ -102,10 +102,12 @@ class Observed:
         """What the scorer remembers."""
         return self.remembered.get("scorer")
 
-    def refer_to_slots(self, statistics: Tensor | None) -> None:
-        """After a fold: what the scorer keeps per token is now `[B, H, K, ...]`, that of the slots."""
+    def settle(self, fold: Fold, slots: Slots) -> None:
+        """After a fold: what the scorer keeps per token is that of the slots, and stages may forget what they can."""
         if self.statistics is not None:
-            self.remembered = self.remembered | {"scorer": replace(self.statistics, tokens=statistics)}
+            self.remembered = self.remembered | {"scorer": replace(self.statistics, tokens=slots.statistics)}
+        folded = ((slots.num_merged + slots.num_dropped) > 0).any(dim=1)
+        self.remembered = {name: fold.stages[name].settle(one, folded) for name, one in self.remembered.items()}
 
     @property
     def nbytes(self) -> int:

@@ -7,8 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from .layer import MergingLayer
+from .mergers import MERGERS
+from .stage import summarize_stage
 
-COLUMNS = ("layer", "kind", "seen", "slots", "merged", "dropped", "bytes", "DynamicCache", "share")
+COLUMNS = ("layer", "kind", "seen", "slots", "merged", "dropped", "bytes", "DynamicCache", "share", "merger")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class LayerReport:
             rows and heads.
         bytes_now: bytes held, positions and scales included.
         bytes_full: bytes that `DynamicCache` would hold.
+        merger: what becomes of the evicted, with the options that are not its defaults; `"-"` where nothing folds.
     """
 
     layer: int | str
@@ -34,6 +37,7 @@ class LayerReport:
     tokens_dropped: float
     bytes_now: int
     bytes_full: int
+    merger: str = ""
 
     def cells(self) -> list[str]:
         """The row of the table."""
@@ -47,6 +51,7 @@ class LayerReport:
             f"{self.bytes_now:,}",
             f"{self.bytes_full:,}",
             f"{self.bytes_now / self.bytes_full:.3f}" if self.bytes_full else "-",
+            self.merger,
         ]
 
 
@@ -96,12 +101,13 @@ def report_layer(index: int, layer: Any) -> LayerReport:
             tokens_dropped=mean_count(layer.num_dropped),
             bytes_now=layer.nbytes,
             bytes_full=layer.full_nbytes,
+            merger=summarize_stage(layer.merger, MERGERS),
         )
     nbytes = sum(tensor.nbytes for tensor in held_tensors(layer))
     keys = getattr(layer, "keys", None)
     stored = keys.shape[-2] if keys is not None and keys.dim() == 4 else 0
     seen = layer.get_seq_length() if stored else 0
-    return LayerReport(index, type(layer).__name__, seen, stored, 0.0, 0.0, nbytes, nbytes)
+    return LayerReport(index, type(layer).__name__, seen, stored, 0.0, 0.0, nbytes, nbytes, merger="-")
 
 
 def held_tensors(layer: Any) -> list[Tensor]:

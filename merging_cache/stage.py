@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from torch import Tensor
+
 from .states import LayerStates, Statistics
 
 Kind = TypeVar("Kind", bound="Stage")
@@ -49,6 +51,13 @@ class Stage:
         new tokens). What is returned comes back in `states.statistics`, here and when the stage is run.
         """
         return None
+
+    def settle(self, statistics: Statistics, folded: Tensor) -> Statistics:
+        """What to go on remembering once a fold is done: all of it, or less where later folds can do with less.
+
+        `folded` `[B]` says which rows lost tokens; the others have to stay as they are.
+        """
+        return statistics
 
     @property
     def observes(self) -> bool:
@@ -151,3 +160,15 @@ def describe_stage(spec: Any, table: dict[str, type]) -> Any:
             options = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.init}
             return {"name": name} | {option: describe_stage(value, table) for option, value in options.items()}
     return spec
+
+
+def summarize_stage(stage: Stage, table: dict[str, type]) -> str:
+    """`"name(option=value)"`, with the options that are not the defaults."""
+    described = describe_stage(stage, table)
+    if not isinstance(described, dict):
+        return stage.stage_name
+    defaults = {field.name: field.default for field in dataclasses.fields(stage)}
+    options = {name: value for name, value in described.items() if name != "name" and value != defaults[name]}
+    return described["name"] + (
+        f"({', '.join(f'{name}={value!r}' for name, value in options.items())})" * bool(options)
+    )

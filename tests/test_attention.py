@@ -67,7 +67,7 @@ def test_a_linked_cache_without_need_is_the_unlinked_one(attention):
     mask = inputs["attention_mask"]
     unlinked = MergingDynamicCache(config=model.config, attention_mask=mask, **WINDOW)
     expected = greedy(model, inputs, past_key_values=unlinked)
-    cache = linked(model)  # it learns the padding by itself
+    cache = linked(model, merger="similarity")  # it learns the padding by itself
     output = greedy(model, inputs, past_key_values=cache)
     assert torch.equal(output.sequences, expected.sequences)
     for mine, theirs in zip(cache.layers, unlinked.layers, strict=True):
@@ -404,7 +404,7 @@ def test_ragged_slots_need_the_link_to_the_end(how):
         model(prompt(1), past_key_values=cache)
 
 
-@pytest.mark.parametrize("options", [{"budget": "adakv"}, {"merger": "count"}])
+@pytest.mark.parametrize("options", [{"budget": "adakv", "merger": "similarity"}, {"merger": "count"}])
 @pytest.mark.parametrize("how", ["thawed", "another model"])
 def test_slots_that_nobody_reads_stop_the_pass(how, options):
     """A cache that cannot know which model runs it sees it at the second layer."""

@@ -7,7 +7,7 @@ import torch
 
 from merging_cache import MergingConfig, MergingDynamicCache, Scorer
 from merging_cache.config import resolve_config
-from merging_cache.mergers import SimilarityMerger
+from merging_cache.mergers import MassMerger, SimilarityMerger
 from merging_cache.scorers import KnormScorer, LagKVScorer
 
 pytestmark = pytest.mark.core
@@ -20,11 +20,13 @@ def test_defaults():
         "compression_ratio": 0.5,
         "max_tokens": None,
         "budget": "uniform",
-        "merger": "similarity",
+        "merger": "auto",
         "sink_tokens": 4,
         "recent_tokens": 32,
         "fold_at": "prefill",
     }
+    assert config.build(linked=True).merger == MassMerger(lookup_share=0.001)
+    assert config.build(linked=True).scorer is config.build().scorer
     assert config.build().merger == SimilarityMerger(
         similarity_threshold=0.0, merge_fraction=1.0, value_norm_weighting=True, max_merge_per_token=0, merge_keys=False
     )

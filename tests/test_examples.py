@@ -5,14 +5,17 @@ import random
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from evaluate_needle import accuracy
+from merging_cache import MergingDynamicCache
 from needle_tasks import FILLER, GLUE, NAMES, Question, held_out, make_context, score
+from quickstart import KINDS, Variant, ask, pick_questions
 
 ROOT = Path(__file__).parents[1]
 NEEDLE = ROOT / "examples" / "needle"
@@ -160,3 +163,89 @@ def test_the_benchmark_compares_as_many_slots(monkeypatch):
     assert row.slots == f"{2 * 8 * 100:,}"
     assert row.longest_head > 1.2
     assert 0.98 < row.nbytes < 1.05
+
+
+@torch.no_grad()
+def test_mergers_are_compared_by_what_one_question_alone_gives(needle, tmp_path):
+    """Batches of contexts and questions against one cache and one question at a time."""
+    import compare_mergers as compare
+
+    model, tokenizer = needle
+    setting = compare.Setting(contexts=3, words=200, sink_tokens=2, recent_tokens=4, seed=5)
+    cell = compare.Cell("needle", "keydiff", 0.75, "count")
+    measured = cell.measure(setting)
+    contexts, rng = compare.make_contexts(setting), random.Random(5)
+    merging = {"merger": "count", "compression_ratio": 0.75, "sink_tokens": 2, "recent_tokens": 4}
+    for row, context in enumerate(contexts):
+        assert len(context.text.split()) == 200
+        variant = Variant("", lambda: MergingDynamicCache(model=model, **merging))
+        questions = pick_questions(rng, context, 4)
+        ask(model, tokenizer, variant, context, questions)
+        assert [measured[kind][row] for kind in KINDS] == pytest.approx(variant.means)
+        assert measured["accuracy"][row] == pytest.approx(variant.mean)
+        divergences = {kind: [] for kind in KINDS}
+        for question in questions:
+            encoded = [" " + text for text in (context.text, question.prompt, question.answer)]
+            encoded = [tokenizer(text.strip(), return_tensors="pt").input_ids for text in encoded]
+            logits = []
+            for cache in (DynamicCache(config=model.config), variant.make_cache()):
+                model(encoded[0], past_key_values=cache)
+                later = model(torch.cat(encoded[1:], dim=1), past_key_values=cache).logits
+                logits.append(later[0, encoded[1].shape[1] - 1 : -1].double().log_softmax(-1))
+            divergence = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
+            divergences[question.kind].append(divergence)
+        expected = sum(sum(values) / len(values) for values in divergences.values()) / 3
+        assert measured["KL"][row] == pytest.approx(expected, rel=1e-3)
+
+
+@torch.no_grad()
+def test_a_full_cache_has_no_error_and_dropping_has(tmp_path):
+    import compare_mergers as compare
+
+    setting = compare.Setting(contexts=2, words=60, sink_tokens=2, recent_tokens=4, seed=0)
+    for kind in compare.SYNTHETIC:
+        whole = compare.Cell(kind, "random", 0.0, "drop").measure(setting)["error"]
+        half = compare.Cell(kind, "random", 0.5, "drop").measure(setting)["error"]
+        assert max(whole) == 0 < min(half)
+
+
+def test_the_comparison_goes_on_and_its_tables_and_picture_hold_what_was_measured(tmp_path, monkeypatch, capsys):
+    import compare_mergers as compare
+
+    output, picture = tmp_path / "mergers.jsonl", tmp_path / "mergers.png"
+    arguments = "--contexts 2 --words 200 --ratios 0.5 --scorers keydiff --workers 1 --mergers count --sources needle"
+    command = ["compare_mergers.py", *arguments.split(), "rotary", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
+    compare.main()
+    first, lines = capsys.readouterr().out, output.read_text().splitlines()
+    assert len(lines) == 1 + 4
+    monkeypatch.setattr(compare.Cell, "measure", None)  # nothing is measured twice
+    monkeypatch.setattr(sys, "argv", [*command, *(["--plot", str(picture)] if find_spec("matplotlib") else [])])
+    compare.main()
+    assert capsys.readouterr().out == first
+    assert output.read_text().splitlines() == lines
+    if find_spec("matplotlib"):
+        assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    cells = {tuple(line["cell"]): line["measured"] for line in map(json.loads, lines[1:])}
+    gain = [cells["needle", "keydiff", 0.5, merger]["accuracy"] for merger in ("count", "drop")]
+    gain = sum(gain[0]) / 2 - sum(gain[1]) / 2
+    row = next(line for line in first.splitlines() if line.startswith("| count"))
+    assert row.split("|")[3].startswith(f" {gain:+.3f} [")
+    left = [sum(cells["rotary", "keydiff", 0.5, merger]["error"]) for merger in ("count", "drop")]
+    row = [line for line in first.splitlines() if line.startswith("| count")][1]
+    assert row.split("|")[2].strip() == f"{left[0] / left[1]:.2f}"
+    monkeypatch.setattr(sys, "argv", [*command, "--seed", "9"])
+    with pytest.raises(ValueError, match=r"was measured with .*'seed': 1.* choose another --output"):
+        compare.main()
+
+
+def test_intervals_are_those_of_a_paired_bootstrap():
+    from compare_mergers import interval
+
+    low, high = interval(torch.full((2, 30), 0.25, dtype=torch.float64))
+    torch.testing.assert_close(low, torch.full((2,), 0.25, dtype=torch.float64))
+    torch.testing.assert_close(high, low)
+    differences = torch.randn(1, 400, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    low, high = interval(differences)
+    half = 1.96 * differences.std() / 20  # what the mean of as many normal numbers has
+    torch.testing.assert_close((high - low) / 2, half.view(1), rtol=0.1, atol=0)

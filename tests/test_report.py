@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from merging_cache import MergingDynamicCache
+from merging_cache import MergingDynamicCache, merging_attention
+from merging_cache.mergers import SimilarityMerger
 from models import CACHES, WINDOW, greedy, llama, prompt, tiny_model
 
 pytestmark = pytest.mark.core
@@ -76,3 +77,28 @@ def test_slots_are_the_mean_over_heads_of_different_lengths():
     assert any(len(count.unique()) > 1 for count in counts)
     assert [row.slots for row in cache.report().layers] == [33, 33]
     assert all(torch.equal(layer.stored_per_head, count) for layer, count in zip(cache.layers, counts, strict=True))
+
+
+@torch.no_grad()
+def test_it_says_which_merger_ran():
+    """`"auto"` is `mass` with the model and `similarity` without, or where the model cannot be linked."""
+    model, ids = llama(), prompt(64)
+    caches = {
+        "mass(lookup_share=0.001)": MergingDynamicCache(model=model, **WINDOW),
+        "similarity": MergingDynamicCache(config=model.config, **WINDOW),
+        "count(routing='distance')": MergingDynamicCache(
+            model=model, merger={"name": "count", "routing": "distance"}, **WINDOW
+        ),
+    }
+    for merger, cache in caches.items():
+        model(ids, past_key_values=cache)
+        assert [row.merger for row in cache.report().layers] == [merger, merger]
+        assert str(cache.report()).splitlines()[2].endswith(merger)
+        assert (cache.layers[0].log_mass is None) == (merger == "similarity")
+    with merging_attention(model):
+        assert MergingDynamicCache(config=model.config).layers[0].merger == SimilarityMerger()
+    outside = tiny_model("xglm", attention="eager")
+    cache = MergingDynamicCache(model=outside, **WINDOW)
+    outside(ids, past_key_values=cache)
+    assert cache.report().layers[0].merger == "similarity"
+    assert cache.layers[0].num_merged.any()

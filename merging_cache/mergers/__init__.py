@@ -1,5 +1,6 @@
 """Mergers: what becomes of evicted tokens. `MERGERS` is the table of their names."""
 
+from .auto import AutoMerger
 from .base import Merger
 from .cam import CAMMerger
 from .count import CountMerger
@@ -12,6 +13,7 @@ from .similarity import SimilarityMerger
 from .validated import ValidatedMerger
 
 MERGERS: dict[str, type[Merger]] = {
+    "auto": AutoMerger,
     "cam": CAMMerger,
     "count": CountMerger,
     "drop": DropMerger,
@@ -25,6 +27,7 @@ MERGERS: dict[str, type[Merger]] = {
 __all__ = [
     "MERGERS",
     "QUERY_SOURCES",
+    "AutoMerger",
     "CAMMerger",
     "CountMerger",
     "DropMerger",

@@ -19,6 +19,14 @@ class Merger(Stage, ABC):
     def needs_attention(self) -> bool:
         return self.has_mass or super().needs_attention
 
+    def resolve(self, linked: bool) -> "Merger":
+        """The merger that runs: another one where this one leaves the choice to what the cache was given.
+
+        Args:
+            linked: whether the cache has the model, and sees its attention.
+        """
+        return self
+
     @abstractmethod
     def merge(self, states: LayerStates, survivors: Survivors) -> Slots:
         """Fold the evicted tokens of `states` into `survivors`. What it returns owns its memory."""

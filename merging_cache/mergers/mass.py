@@ -4,9 +4,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from ..stage import option
-from ..states import TILE, LayerStates, Slots, Survivors
+from ..states import TILE, LayerStates, Slots, Survivors, gather_tokens
 from .reference import ReferenceMerger, full_attention
 from .routing import Routing, nearest_survivors
 
@@ -15,14 +16,25 @@ from .routing import Routing, nearest_survivors
 class MassMerger(ReferenceMerger):
     """Weights from observed attention: exact for one query, and for any queries whose logit gaps are constant.
 
-    With a_i the attention that token i draws from each of the reference queries, the ratio of token i to survivor j is
+    With a_i the attention that token i draws from each of n reference queries, the ratio of token i to survivor j is
     `r_ij = <a_i, a_j> / <a_j, a_j>`. Each evicted token goes to one survivor, `v_j <- (v_j + sum_i r_ij v_i) /
     (1 + sum_i r_ij)` and `log_mass_j <- log_mass_j + log(1 + sum_i r_ij)`. Sinks and recent tokens take nothing in.
+
+    Folding i into j leaves a query with the output o wrong by `(r_ij a_j - a_i) (v_i - o)`, and r_ij as above is least
+    squares on the reference queries. Queries to come may look up a single token instead, of which these have few: one
+    that looks at j alone is given `r_ij (v_i - v_j)` too much. With a `lookup_share` of such queries, each of the L
+    tokens being looked up as often, least squares is
+
+        r_ij = <a_i, a_j> / (<a_j, a_j> + n (lookup_share / L) |v_i - v_j|^2 / s^2)
+
+    where s^2 is the variance of the head's values. Tokens whose values are alike are folded as before, others hardly
+    where little attention asks for it, so that what was kept to be looked up stays what it is.
 
     Args:
         queries: see `ReferenceMerger`.
         routing: `"attention"`, to the survivor whose attention explains most of the token's, the largest
             `<a_i, a_j>^2 / <a_j, a_j>`; `"keys"`, to the one with the most similar key.
+        lookup_share: the share of the queries to come that are taken to look up a single token.
         least_explained: tokens of which a smaller fraction `<a_i, a_j>^2 / (<a_i, a_i> <a_j, a_j>)` is explained are
             dropped.
         similarity_threshold: with `"keys"`, tokens less similar than this to every survivor are dropped.
@@ -36,33 +48,37 @@ class MassMerger(ReferenceMerger):
     has_mass = True
 
     routing: Literal["attention", "keys"] = "keys"
+    lookup_share: float = option(0.0, minimum=0, maximum=1)
     least_explained: float = option(0.0, minimum=0, maximum=1)
-    similarity_threshold: float = option(0.0, minimum=-1, maximum=1)
+    similarity_threshold: float = option(-1.0, minimum=-1, maximum=1)
     max_ratio: float = option(3.0, minimum=0)
     max_added: float = option(30.0, minimum=0)
 
     def merge_heads(self, states: LayerStates, survivors: Survivors) -> Slots:
-        attention = full_attention(states).mT  # [B, H, L, R]
+        attention = full_attention(states).mT  # [B, H, L, n]
         routing = nearest_survivors(states.keys if self.routing == "keys" else attention, survivors)
-        routing = self._weighted(routing, attention, survivors)
+        routing = self._weighted(routing, attention, states.values, survivors)
         if self.routing == "keys":
             routing = routing.kept_where(routing.similarity >= self.similarity_threshold)
-        return routing.capped(self.max_added, states, survivors).slots(states, survivors, mass=True)
+        return routing.capped(self.max_added, survivors.indices.shape[2]).slots(states, survivors, mass=True)
 
-    def _weighted(self, routing: Routing, attention: torch.Tensor, survivors: Survivors) -> Routing:
+    def _weighted(self, routing: Routing, attention: Tensor, values: Tensor, survivors: Survivors) -> Routing:
         """With the ratio r_ij as weights, 0 where too little of the token is explained."""
-        batch, heads, _, asked = attention.shape
+        batch, heads, length, asked = attention.shape
         index = survivors.indices.gather(2, routing.target)
         ratio = torch.zeros_like(routing.weight)
-        step = max(1, TILE // (batch * heads * asked))
+        tiny = torch.finfo(ratio.dtype).tiny
+        looked_up = self.lookup_share * asked / length
+        variance = values.float().var(dim=2, correction=0).sum(dim=-1, keepdim=True).clamp_min(tiny)  # [B, H, 1]
+        step = max(1, TILE // (batch * heads * max(asked, values.shape[3])))
         for first in range(0, ratio.shape[2], step):
-            tile = slice(first, first + step)
-            mine, theirs = (
-                attention.gather(2, one[:, :, tile].unsqueeze(-1).expand(-1, -1, -1, asked))
-                for one in (routing.evicted, index)
-            )
-            both, own, other = (mine * theirs).sum(-1), mine.square().sum(-1), theirs.square().sum(-1)
-            tiny = torch.finfo(both.dtype).tiny
-            explained = both.square() / (own * other).clamp_min(tiny)
-            ratio[:, :, tile] = (both / other.clamp_min(tiny)) * (explained >= self.least_explained) * (other > 0)
+            mine, theirs = (one[:, :, first : first + step] for one in (routing.evicted, index))
+            a_i, a_j = gather_tokens(attention, mine), gather_tokens(attention, theirs)
+            both, own, other = (a_i * a_j).sum(-1), a_i.square().sum(-1), a_j.square().sum(-1)
+            explained = both.square() / (own * other).clamp_min(tiny) >= self.least_explained
+            asking = other
+            if looked_up:
+                apart = (gather_tokens(values, mine).float() - gather_tokens(values, theirs)).square().sum(-1)
+                asking = other + looked_up * apart / variance
+            ratio[:, :, first : first + step] = (both / asking.clamp_min(tiny)) * explained * (other > 0)
         return replace(routing, weight=routing.weight * ratio.clamp_max(self.max_ratio))

@@ -44,34 +44,33 @@ class StratifiedQueries(QuerySource):
 
     One query out of every stretch of the prompt, the stretches being as long as leaves `count` to `2 * count` of them.
     Their rotary embedding is taken off, and they are put at the positions after the last token, so that they see all of
-    it. Where the rotary embedding cannot be made out, the last queries are taken as they are.
+    it. Where the rotary embedding cannot be made out, the last `count` queries are taken as they are.
 
-    Memory: `2 * count` queries of every query head, and `count` of the last ones.
+    Memory: `2 * count` queries of every query head until the fold, and after it one in four, for the next fold.
 
     Args:
         count: the least number of queries, once as many were observed.
     """
 
     uses_rotary = True
+    query_window = 0
 
     count: int = option(32, minimum=1)
-
-    @property
-    def query_window(self) -> int:
-        return self.count
 
     def observe(self, states: LayerStates, new: int) -> Statistics:
         first = states.queries.shape[2] - new
         queries, positions = states.queries[:, :, first:], states.query_positions[0, first:]  # rows are alike
         if states.statistics is not None:
-            kept, where = states.statistics.queries
-            known = where[0, 0, :, 0] > 0
-            queries = torch.cat([kept[:, :, known], queries], dim=2)
-            positions = torch.cat([where[0, 0, known, 0] - 1, positions])
-        room, stretch = 2 * self.count, 1
-        while states.seen // stretch > room:
-            stretch *= 2  # the last of every two stretches is the last of both, so nothing thrown away is missed
-        chosen = (positions % stretch == stretch - 1).nonzero().squeeze(1)
+            kept, where = self._kept(states.statistics)
+            queries, positions = torch.cat([kept, queries], dim=2), torch.cat([where, positions])
+        room = 2 * self.count
+        if states.rotary is None:
+            chosen = torch.arange(len(positions), device=positions.device)[-self.count :]
+        else:
+            stretch = 1
+            while states.seen // stretch > room:
+                stretch *= 2  # the last of every two stretches is the last of both, so nothing thrown away is missed
+            chosen = (positions % stretch == stretch - 1).nonzero().squeeze(1)
         batch, heads, _, dim = queries.shape
         buffer = queries.new_zeros((batch, heads, room, dim))
         buffer[:, :, : len(chosen)] = queries[:, :, chosen]
@@ -80,15 +79,34 @@ class StratifiedQueries(QuerySource):
         return Statistics(queries=(buffer, where))
 
     def reference(self, states: LayerStates) -> ReferenceQueries:
-        if states.rotary is None or states.statistics is None:
+        if states.statistics is None:
             return LastQueries(self.count).reference(states)
-        buffer, where = states.statistics.queries
-        known = where[0, 0, :, 0] > 0
-        queries, positions = buffer[:, :, known], where[:, 0, known, 0] - 1
+        queries, positions = self._kept(states.statistics)
+        batch, _, kept, _ = queries.shape
+        positions = positions.expand(batch, -1)
+        if states.rotary is None:
+            return ReferenceQueries(queries, positions)
         ahead = states.positions[..., -1].amax(dim=1, keepdim=True) + 1  # rows are alike
-        ahead = ahead + torch.arange(queries.shape[2], device=queries.device)
+        ahead = ahead + torch.arange(kept, device=queries.device)
         turned = states.rotary.rotated(states.rotary.unrotated(queries, positions), ahead)
         return ReferenceQueries(turned, ahead)
+
+    def settle(self, statistics: Statistics, folded: Tensor) -> Statistics:
+        def thinned(kept: Tensor) -> Tensor:
+            fewer = kept[:, :, 3::4]  # the last of every four stretches
+            if folded.all():
+                return fewer.clone()
+            padded = torch.zeros_like(kept)
+            padded[:, :, : fewer.shape[2]] = fewer
+            return torch.where(folded.view(-1, 1, 1, 1), padded, kept)
+
+        return Statistics(queries=tuple(thinned(kept) for kept in statistics.queries))
+
+    def _kept(self, statistics: Statistics) -> tuple[Tensor, Tensor]:
+        """The queries `[B, Hq, n, D]` kept so far and their positions `[n]`."""
+        buffer, where = statistics.queries
+        where = where[0, 0, :, 0]  # rows and heads are alike
+        return buffer[:, :, where > 0], where[where > 0] - 1
 
 
 QUERY_SOURCES: dict[str, type[QuerySource]] = {"last": LastQueries, "stratified": StratifiedQueries}

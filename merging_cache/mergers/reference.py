@@ -39,6 +39,9 @@ class ReferenceMerger(Merger):
     def observe(self, states: LayerStates, new: int) -> Statistics | None:
         return self.source.observe(states, new)
 
+    def settle(self, statistics: Statistics, folded: Tensor) -> Statistics:
+        return self.source.settle(statistics, folded)
+
     def merge(self, states: LayerStates, survivors: Survivors) -> Slots:
         if survivors.indices.shape[2] == states.num_tokens:
             return Slots.of_survivors(states, survivors)

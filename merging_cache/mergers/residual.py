@@ -10,26 +10,30 @@ from ..stage import option
 from ..states import LayerStates, Slots, Survivors, gather_tokens, top_tokens
 from .queries import attention_logits
 from .reference import ReferenceMerger, full_attention
-from .routing import masses
+from .routing import Routing, masses, nearest_survivors
+
+LEAST = 1e-20  # attention that no token falls short of, so that every cluster has a mean
 
 
 @dataclass
 class ResidualMerger(ReferenceMerger):
-    """Residual slots for stretches of evicted tokens (ResKV, arXiv:2607.29591; ZeroMerge, arXiv:2503.10714).
+    """Residual slots for clusters of evicted tokens (ResKV, arXiv:2607.29591; ZeroMerge, arXiv:2503.10714).
 
     The worst survivors give up their slots, `share` of those that are not protected, and are evicted too. What is
-    evicted is cut into as many stretches, each of as many tokens, in the order of the text. A stretch becomes one slot:
-    the mean key and value, weighted by the attention that its tokens draw, and a log-mass: fitted,
-    `log(sum_q m_q x_q / sum_q x_q^2)` with m the attention that the stretch draws from each reference query and x that
-    of the mean key before any mass; or the logarithm of the number of tokens. The other survivors stay as they are.
+    evicted is put into as many clusters. A cluster becomes one slot: the mean key and value, weighted by the attention
+    that its tokens draw, and a log-mass: fitted, `log(sum_q m_q x_q / sum_q x_q^2)` with m the attention that the
+    cluster draws from each reference query and x that of the mean key before any mass; or the logarithm of the number
+    of tokens. The other survivors stay as they are.
 
-    Mean keys are at no position. That was measured to harm real models where tokens are far apart, so stretches are as
-    local as the share allows.
+    Mean keys are at no position. That was measured to harm real models where tokens are far apart, so by default
+    clusters are as local as the share allows.
 
     Args:
         queries: see `ReferenceMerger`.
-        share: the share of slots for stretches.
-        mass: `"fitted"`, or `"count"`, which also weighs the tokens of a stretch alike.
+        share: the share of slots for clusters.
+        clusters: `"positions"`, stretches of the text of as many tokens each; `"keys"`, one for each survivor that
+            gives up its slot, of the evicted tokens whose keys are closest to its.
+        mass: `"fitted"`, or `"count"`, which also weighs the tokens of a cluster alike.
 
     Raises:
         ValueError: if an option is out of its range.
@@ -38,6 +42,7 @@ class ResidualMerger(ReferenceMerger):
     has_mass = True
 
     share: float = option(0.25, minimum=0, maximum=1)
+    clusters: Literal["positions", "keys"] = "positions"
     mass: Literal["fitted", "count"] = "fitted"
 
     def merge_heads(self, states: LayerStates, survivors: Survivors) -> Slots:
@@ -45,28 +50,29 @@ class ResidualMerger(ReferenceMerger):
         if protected is None:
             protected = torch.zeros_like(survivors.indices, dtype=torch.bool)
         kept = survivors.indices.shape[2]
-        stretches = int(self.share * int((~protected).sum(dim=-1).min()))
-        if not stretches:
+        count = int(self.share * int((~protected).sum(dim=-1).min()))
+        if not count:
             return Slots.of_survivors(states, survivors)
-        stay = Survivors(self._best(survivors, protected, kept - stretches))
+        scores = torch.zeros_like(protected, dtype=torch.float32) if survivors.scores is None else survivors.scores
+        best = Survivors(top_tokens(scores.masked_fill(protected, torch.inf), kept - count))
+        stay = Survivors(survivors.indices.gather(2, best.indices))
+        given_up = survivors.indices.gather(2, best.evicted(kept))
         evicted = stay.evicted(states.num_tokens)
-        sizes = torch.arange(stretches + 1, device=evicted.device) * evicted.shape[2] // stretches
-        lengths = sizes.diff()
+        cluster, named = self._clusters(states.keys, evicted, given_up)
 
         attention = full_attention(states)  # [B, H, R, L]
         mass = masses(states).gather(2, evicted)
-        weight = mass if self.mass == "count" else attention.mean(dim=2).gather(2, evicted)
-        weight = weight.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
-        total = _sums(weight, lengths)
-        keys, values = (
-            _sums(weight * gather_tokens(part, evicted).float(), lengths) / total
-            for part in (states.keys, states.values)
-        )
-        counts = _sums(mass.unsqueeze(-1), lengths).squeeze(-1)
+        weight = mass if self.mass == "count" else attention.mean(dim=2).gather(2, evicted).clamp_min(LEAST)
+
+        def of_clusters(weight: Tensor) -> Routing:
+            return Routing(evicted, cluster, similarity=torch.ones_like(weight), weight=weight)
+
+        weighted, counts = of_clusters(weight), of_clusters(mass).totals(count)
+        total = weighted.totals(count).unsqueeze(-1)
+        keys, values = (weighted.sums(part, count) / total for part in (states.keys, states.values))
         log_mass = counts.log()
         if self.mass == "fitted":
-            index = evicted.unsqueeze(2).expand(-1, -1, attention.shape[2], -1)
-            drawn = _sums(attention.gather(3, index).mT, lengths).mT  # [B, H, R, stretches]
+            drawn = of_clusters(torch.ones_like(mass)).sums(attention.mT, count).mT  # [B, H, R, count]
             logits = attention_logits(states.reference, states.keys, states.logit_scale, states.log_mass)
             alone = attention_logits(states.reference, keys, states.logit_scale)
             alone = (alone - logits.logsumexp(dim=-1, keepdim=True)).exp()
@@ -76,7 +82,6 @@ class ResidualMerger(ReferenceMerger):
             log_mass = torch.minimum(fitted.clamp_min(0.01), 2 * counts).log()
 
         exact = Slots.of_survivors(states, stay)
-        named = evicted.gather(2, (sizes[1:] - 1).expand(*evicted.shape[:2], -1))  # the last of each stretch
         own = exact.log_mass if exact.log_mass is not None else torch.zeros_like(exact.positions, dtype=log_mass.dtype)
         tokens, order = torch.cat([stay.indices, named], dim=2).sort(dim=-1)
         return Slots(
@@ -89,14 +94,15 @@ class ResidualMerger(ReferenceMerger):
             tokens=tokens,
         )
 
-    def _best(self, survivors: Survivors, protected: Tensor, count: int) -> Tensor:
-        """`[B, H, count]`, the ascending indices of the best survivors, the protected among them."""
-        scores = torch.zeros_like(protected, dtype=torch.float32) if survivors.scores is None else survivors.scores
-        return survivors.indices.gather(2, top_tokens(scores.masked_fill(protected, torch.inf), count))
-
-
-def _sums(states: Tensor, lengths: Tensor) -> Tensor:
-    """`[B, H, E, ...]` to `[B, H, stretches, ...]`, summed over stretches of these lengths."""
-    moved = states.movedim(2, 0)
-    flat = moved.reshape(moved.shape[0], -1).contiguous()
-    return torch.segment_reduce(flat, "sum", lengths=lengths, axis=0).view(-1, *moved.shape[1:]).movedim(0, 2)
+    def _clusters(self, keys: Tensor, evicted: Tensor, given_up: Tensor) -> tuple[Tensor, Tensor]:
+        """The cluster `[B, H, E]` of every evicted token, and the token `[B, H, count]` each cluster is named after."""
+        count, lost = given_up.shape[2], evicted.shape[2]
+        if self.clusters == "positions":
+            ends = torch.arange(1, count + 1, device=evicted.device) * lost // count
+            cluster = torch.searchsorted(ends, torch.arange(lost, device=evicted.device), right=True)
+            return cluster.expand_as(evicted).contiguous(), evicted[..., ends - 1]
+        centres = torch.searchsorted(evicted, given_up)
+        routing = nearest_survivors(gather_tokens(keys, evicted), Survivors(centres), by_distance=True)
+        every = torch.arange(count, device=evicted.device).expand_as(centres)
+        cluster = torch.empty_like(evicted).scatter_(2, centres, every)
+        return cluster.scatter_(2, routing.evicted, routing.target), given_up

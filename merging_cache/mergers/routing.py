@@ -62,9 +62,9 @@ class Routing:
         """Only tokens for which `condition` `[B, H, E]` is true keep their weight."""
         return replace(self, weight=self.weight * condition)
 
-    def capped(self, most: float, states: LayerStates, survivors: Survivors) -> "Routing":
-        """With the weights of what is folded into a survivor scaled down where their sum is above `most`."""
-        totals = self.totals(states, survivors).gather(2, self.target)
+    def capped(self, most: float, num_slots: int) -> "Routing":
+        """With the weights of what is folded into a slot scaled down where their sum is above `most`."""
+        totals = self.totals(num_slots).gather(2, self.target)
         return replace(self, weight=self.weight * (most / totals.clamp_min(most)))
 
     def slots(self, states: LayerStates, survivors: Survivors, keys: bool = False, mass: bool = False) -> Slots:
@@ -80,7 +80,7 @@ class Routing:
         lost = torch.ones_like(self.weight)
         log_mass = slots.log_mass
         if mass:
-            added = self.totals(states, survivors).log1p()
+            added = self.totals(survivors.indices.shape[2]).log1p()
             log_mass = added if log_mass is None else log_mass + added
             lost = masses(states).gather(2, self.evicted)
         return replace(
@@ -92,10 +92,10 @@ class Routing:
             num_dropped=(lost * (self.weight <= 0)).double().sum(dim=-1).round().long(),
         )
 
-    def totals(self, states: LayerStates, survivors: Survivors) -> Tensor:
-        """`[B, H, K]`, the sum of the weights of what is folded into each survivor."""
-        ones = torch.ones((*states.positions.shape, 1), device=states.keys.device)
-        return self.sums(ones, survivors.indices.shape[2]).squeeze(-1)
+    def totals(self, num_slots: int) -> Tensor:
+        """`[B, H, K]`, the sum of the weights of what is folded into each of the K slots."""
+        every = torch.arange(self.weight.shape[2], device=self.weight.device).expand_as(self.target)
+        return replace(self, evicted=every).sums(torch.ones_like(self.weight).unsqueeze(-1), num_slots).squeeze(-1)
 
     def fold(self, states: Tensor, survivors: Survivors) -> Tensor:
         """The weighted mean `(s_j + sum_i w_i s_i) / (1 + sum_i w_i)` of every survivor and what is folded into it.
