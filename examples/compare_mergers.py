@@ -52,6 +52,7 @@ from quickstart import KINDS, pick_questions
 NEEDLE = Path(__file__).parent / "needle"
 GATED = '{"name": "count", "similarity_threshold": 0.7}'
 BY_KEYS = '{"name": "residual", "clusters": "keys"}'
+REFITTED = '{"name": "refit", "merger": "auto"}'
 SYNTHETIC = ("clustered", "repeated", "isotropic", "rotary")
 LATER = 16  # synthetic tokens that come after the context
 BATCH = 25
@@ -468,7 +469,7 @@ def main() -> None:
         metavar="NAME",
     )
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75, 0.9])
-    mergers = [*MERGERS, GATED, BY_KEYS]
+    mergers = [*MERGERS, GATED, BY_KEYS, REFITTED]
     parser.add_argument("--mergers", nargs="+", default=mergers, help="names, or JSON with a name and options")
     sources = ["needle", *SYNTHETIC]
     parser.add_argument("--sources", nargs="+", choices=sources, default=sources)

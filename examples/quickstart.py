@@ -61,17 +61,17 @@ class Variant:
         ]
 
 
-def build_variants(config, scorer: str, ratios: list[float]) -> list[Variant]:
+def build_variants(model, scorer: str, ratios: list[float]) -> list[Variant]:
     """The full cache, then dropping and merging at each ratio, in full precision and at 4 bits."""
-    variants = [Variant("full cache", lambda: DynamicCache(config=config))]
-    storages = [("", lambda **options: MergingDynamicCache(config=config, **options))]
+    variants = [Variant("full cache", lambda: DynamicCache(config=model.config))]
+    storages = [("", lambda **options: MergingDynamicCache(model=model, **options))]
     if importlib.util.find_spec("optimum.quanto" if importlib.util.find_spec("optimum") else "optimum"):
-        storages.append((", 4 bits", lambda **options: MergingQuantizedCache("quanto", config=config, **options)))
+        storages.append((", 4 bits", lambda **options: MergingQuantizedCache("quanto", model=model, **options)))
     else:
         print("optimum-quanto is not installed: no 4-bit rows (pip install 'merging_cache[quanto]')")
     for ratio in ratios:
         for suffix, cache_class in storages:
-            for merger in ("drop", "similarity"):
+            for merger in ("drop", "auto"):
                 options = {"scorer": scorer, "merger": merger, "compression_ratio": ratio}
                 variants.append(
                     Variant(
@@ -159,7 +159,7 @@ def main() -> None:
     rng = random.Random(options.seed)
     contexts = [make_context(rng, options.words, pairs=24) for _ in range(options.contexts)]
     questions = [pick_questions(rng, context, options.lookups) for context in contexts]
-    variants = build_variants(model.config, options.scorer, options.ratios)
+    variants = build_variants(model, options.scorer, options.ratios)
     for variant in variants:  # what is built or loaded on first use (quanto compiles a kernel) is not timed
         ask(model, tokenizer, Variant(variant.name, variant.make_cache), contexts[0], questions[0][:1])
     with tqdm(total=len(variants) * sum(map(len, questions)), unit="answer", desc="asking") as bar:

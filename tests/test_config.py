@@ -25,7 +25,7 @@ def test_defaults():
         "recent_tokens": 32,
         "fold_at": "prefill",
     }
-    assert config.build(linked=True).merger == MassMerger(lookup_share=0.001)
+    assert config.build(linked=True).merger == MassMerger(lookup_share=0.002)
     assert config.build(linked=True).scorer is config.build().scorer
     assert config.build().merger == SimilarityMerger(
         similarity_threshold=0.0, merge_fraction=1.0, value_norm_weighting=True, max_merge_per_token=0, merge_keys=False

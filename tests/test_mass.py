@@ -465,6 +465,7 @@ def test_stratified_queries_do_not_depend_on_chunks(chunk):
         for layer in cache.layers:
             buffer, where = layer._observed.remembered["merger"].queries
             assert buffer.shape[2] == where.shape[2] == 12
+    kept, where = cache.layers[0]._observed.remembered["merger"].queries
     model(prompt(1), past_key_values=cache)
     expected = list(range(7, 100, 8))
     assert (where[0, 0, : len(expected), 0] - 1).tolist() == expected
@@ -476,6 +477,13 @@ def test_stratified_queries_do_not_depend_on_chunks(chunk):
     turned = torch.stack([reference.rotation(100 + i, 16) for i in range(len(expected))])
     expected_queries = torch.einsum("bhnd,ned->bhne", queries, turned)
     torch.testing.assert_close(shown[0].queries.double(), expected_queries, rtol=1e-3, atol=1e-3)
+    # once folded, one in eight of them is kept, and the next turn adds its own
+    buffer, where = cache.layers[0]._observed.remembered["merger"].queries
+    torch.testing.assert_close(buffer[:, :, 0], kept[:, :, 7])
+    assert (buffer.shape[2], where[0, 0].flatten().tolist()) == (1, [64])
+    model(prompt(30), past_key_values=cache)
+    _, where = cache.layers[0]._observed.remembered["merger"].queries
+    assert where[0, 0].flatten().tolist() == [64, 112, 128, 0, 0, 0, 0, 0, 0, 0, 0, 0]
     assert shown[0].positions.tolist() == [list(range(100, 100 + len(expected)))]
 
 

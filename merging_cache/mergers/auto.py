@@ -10,14 +10,14 @@ from .similarity import SimilarityMerger
 
 @dataclass
 class AutoMerger(Merger):
-    """`mass` with a `lookup_share` of 0.001 where the cache has the model, `similarity` where it has the config only.
+    """`mass` with a `lookup_share` of 0.002 where the cache has the model, `similarity` where it has the config only.
 
     Measured by `examples/compare_mergers.py`: the first gains most over dropping and nowhere loses to it; without the
     model there are no queries to see, and no mass can be added. `cache.report()` says which of them runs.
     """
 
     def resolve(self, linked: bool) -> Merger:
-        return MassMerger(lookup_share=0.001) if linked else SimilarityMerger()
+        return MassMerger(lookup_share=0.002) if linked else SimilarityMerger()
 
     def merge(self, states: LayerStates, survivors: Survivors) -> Slots:
         return self.resolve(linked=False).merge(states, survivors)

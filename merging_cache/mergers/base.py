@@ -33,7 +33,7 @@ class Merger(Stage, ABC):
 
 
 def build_merger(spec: Spec | Merger) -> Merger:
-    """A merger from its name, its dict, or itself."""
+    """The merger that a wrapping one names by its name or its dict, or hands over, where the cache has the model."""
     from . import MERGERS  # the table that the calling merger is in
 
-    return build_stage("merger", spec, MERGERS, Merger)
+    return build_stage("merger", spec, MERGERS, Merger).resolve(linked=True)

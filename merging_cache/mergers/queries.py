@@ -46,7 +46,7 @@ class StratifiedQueries(QuerySource):
     Their rotary embedding is taken off, and they are put at the positions after the last token, so that they see all of
     it. Where the rotary embedding cannot be made out, the last `count` queries are taken as they are.
 
-    Memory: `2 * count` queries of every query head until the fold, and after it one in four, for the next fold.
+    Memory: `2 * count` queries of every query head until the fold, and after it one in eight, for the next fold.
 
     Args:
         count: the least number of queries, once as many were observed.
@@ -55,7 +55,7 @@ class StratifiedQueries(QuerySource):
     uses_rotary = True
     query_window = 0
 
-    count: int = option(32, minimum=1)
+    count: int = option(64, minimum=1)
 
     def observe(self, states: LayerStates, new: int) -> Statistics:
         first = states.queries.shape[2] - new
@@ -93,7 +93,7 @@ class StratifiedQueries(QuerySource):
 
     def settle(self, statistics: Statistics, folded: Tensor) -> Statistics:
         def thinned(kept: Tensor) -> Tensor:
-            fewer = kept[:, :, 3::4]  # the last of every four stretches
+            fewer = kept[:, :, 7::8]  # the last of every eight stretches
             if folded.all():
                 return fewer.clone()
             padded = torch.zeros_like(kept)
