@@ -1,9 +1,9 @@
 """A KV cache for transformers that folds evicted tokens into the survivors instead of throwing them away."""
 
-from .attention import merging_attention
 from .budgets import BUDGETS, Budget
 from .cache import MergingDynamicCache, MergingQuantizedCache
 from .config import MergingConfig
+from .link import merging_attention
 from .mergers import MERGERS, Merger
 from .report import CacheReport, LayerReport
 from .scorers import SCORERS, KVPressScorer, Scorer

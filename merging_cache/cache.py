@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .attention import Link, can_link
 from .config import MergingConfig, resolve_config
 from .hybrid import HybridLayer, MergingHybridLayer
 from .layer import MergingLayer
+from .link import Link, can_link
 from .mergers import Merger
 from .padding import Padding
 from .quantized import QuantizedStorage, make_backend

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from .attention import Link, Pass
+from .attention import Pass
 from .config import MergingConfig
 from .fold import Fold
+from .link import Link
 from .mergers import Merger
 from .observed import Observed, Owner
 from .padding import Padding

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import from_model_file, linked_model, probing
+from .attention import from_model_file, probing
+from .link import linked_model
 
 CHANGING = ("dynamic", "longrope")  # frequencies that depend on the length of the sequence
 PROBED = (0, 1, 5, 42, 999, 30_011)  # far enough apart for slow channels to turn, too

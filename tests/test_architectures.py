@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from architectures import causal_lm_types, tiny_model
 from merging_cache import MergingDynamicCache, Scorer
-from merging_cache.attention import can_link
+from merging_cache.link import can_link
 
 LENGTH, WINDOW = 48, 16
 TESTED, EXACT, QUERIES, ALL = "5.23.0", 137, 116, 189  # where the numbers of architectures are known

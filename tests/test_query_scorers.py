@@ -18,8 +18,8 @@ from transformers import DynamicCache
 import reference
 from architectures import causal_lm_types, tiny_model
 from merging_cache import SCORERS, LayerStates, MergingConfig, MergingDynamicCache
-from merging_cache.attention import linked_model
 from merging_cache.layer import CROP_TAKES_LENGTH
+from merging_cache.link import linked_model
 from merging_cache.rotary import rotary_of
 from merging_cache.scorers import FastKVzipScorer, KVPressScorer, KVzapScorer, QFilterScorer
 from merging_cache.scorers.wrapper import WrappingScorer
