@@ -7,14 +7,16 @@ Each context is read once into a cache, which folds at its end, before anything 
 mergers are asked the same about the same contexts, so differences are taken context by context; intervals are 95%
 bootstrap intervals of the mean difference. Measured are
 
-- accuracy: of looking up, copying and counting, as generated, the three kinds alike;
+- accuracy: of looking up, copying and counting, as generated, the three kinds alike (`generate` reads the question in
+  one pass, after which the cache folds again: the question's own tokens come under the ratio, too);
 - KL: the divergence of the next word from the full cache's, over the words of the right answers, in nats;
 - error: of the attention layers' outputs for these words, squared, as a share of the full cache's outputs squared.
 
 The synthetic tokens go through a one-layer model in which tokens attend to tokens like themselves: clustered, many
 times repeated, or unlike each other, without positions, and clustered with rotary ones. Only the error is measured.
 
-`--output` keeps what was measured, cell by cell, and goes on from there when it is run again.
+`--output` keeps what was measured, cell by cell, and goes on from there when it is run again. It knows mergers by their
+names and options only: begin a new file when the code has changed.
 """
 
 import argparse
@@ -89,14 +91,20 @@ def needle() -> tuple[PreTrainedModel, AutoTokenizer]:
 
 
 def make_contexts(setting: Setting) -> list[Context]:
-    """Contexts of exactly as many words as asked for, so that they can be read in batches without padding."""
+    """Contexts of exactly as many words as asked for, so that they can be read in batches without padding.
+
+    Raises:
+        ValueError: if the facts alone take more words.
+    """
     rng = random.Random(setting.seed)
     contexts: list[Context] = []
-    while len(contexts) < setting.contexts:
+    for _ in range(100 * setting.contexts):  # one in six or seven fits
         context = make_context(rng, setting.words, pairs=24 if setting.words > 300 else 12)
         if len(context.text.split()) == setting.words:
             contexts.append(context)
-    return contexts
+        if len(contexts) == setting.contexts:
+            return contexts
+    raise ValueError(f"no {setting.contexts} contexts of exactly {setting.words} words were found; give more words")
 
 
 @cache
@@ -277,14 +285,17 @@ class Cell:
     ratio: float
     merger: str
 
-    def measure(self, setting: Setting) -> Measured:
-        merging = MergingConfig(
+    def merging(self, setting: Setting) -> MergingConfig:
+        return MergingConfig(
             scorer={"name": "random", "seed": setting.seed} if self.scorer == "random" else self.scorer,
             merger=read_merger(self.merger),
             compression_ratio=self.ratio,
             sink_tokens=setting.sink_tokens,
             recent_tokens=setting.recent_tokens,
         )
+
+    def measure(self, setting: Setting) -> Measured:
+        merging = self.merging(setting)
 
         def make_cache(model: PreTrainedModel) -> MergingDynamicCache:
             return MergingDynamicCache(model=model, merging=merging)
@@ -311,7 +322,7 @@ class Results:
     """What was measured of which cell, in memory and in a file of JSON lines, of which the first is the setting.
 
     Raises:
-        ValueError: if the file was measured in another setting.
+        ValueError: if the file was measured in another setting, or is none of ours.
     """
 
     def __init__(self, path: Path | None, setting: Setting) -> None:
@@ -319,11 +330,15 @@ class Results:
         self.cells: dict[Cell, Measured] = {}
         first = {"setting": dataclasses.asdict(setting)}
         if path is not None and path.exists():
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            if lines[:1] != [first]:
-                raise ValueError(f"{path} was measured with {lines[:1]}, not with {first}; choose another --output")
+            text = path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]  # the last line is not, where it was interrupted
+            lines = [json.loads(line) for line in whole.splitlines()] or [first]
+            if lines[0] != first:
+                raise ValueError(f"{path} was measured with {lines[0]}, not with {first}; choose another --output")
             self.cells = {Cell(*line["cell"]): line["measured"] for line in lines[1:]}
-        elif path is not None:
+            if whole != text:
+                path.write_text(whole, encoding="utf-8")
+        if path is not None and not self.cells:
             path.write_text(json.dumps(first) + "\n", encoding="utf-8")
 
     def add(self, cell: Cell, measured: Measured) -> None:
@@ -488,10 +503,18 @@ def main() -> None:
         import matplotlib  # noqa: F401  (better to miss it now than after everything was measured)
 
     mergers = list(dict.fromkeys(["drop", *options.mergers]))
-    for merger in mergers:
-        MergingConfig(merger=read_merger(merger))
+    options.ratios = list(dict.fromkeys(options.ratios))
     setting = Setting(options.contexts, options.words, options.sink_tokens, options.recent_tokens, options.seed)
-    results = Results(options.output, setting)
+    try:
+        if len(mergers) == 1 or 0 in options.ratios:
+            raise ValueError("there is nothing to compare without another merger than drop, or at a ratio of 0")
+        for cell in itertools.product(options.scorers, options.ratios, mergers):
+            Cell("", *cell).merging(setting)
+        if "needle" in options.sources:
+            make_contexts(setting)
+        results = Results(options.output, setting)
+    except ValueError as error:
+        parser.error(str(error))
     cells = [Cell(*cell) for cell in itertools.product(options.sources, options.scorers, options.ratios, mergers)]
     cells = [cell for cell in cells if cell not in results.cells]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), initializer=quietly) as pool:

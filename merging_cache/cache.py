@@ -80,7 +80,8 @@ class MergingDynamicCache(DynamicCache):
         self.merging = resolve_config(merging, options)
         self._padding = Padding(attention_mask)
         self._recording = False
-        self._fold = fold = self.merging.build(linked=model is not None and can_link(model))
+        linked = model is not None and can_link(model) and config.model_type not in REPEATS_HEADS
+        self._fold = fold = self.merging.build(linked)
         needed = self.merging.compression_ratio != 0 and fold.needs_attention
         hidden_states = needed and any(stage.needs_hidden_states for stage in fold.stages.values())
         if config is not None and self.merging.compression_ratio != 0:
@@ -306,6 +307,8 @@ def config_of(config: PreTrainedConfig | None, model: PreTrainedModel | None) ->
 
 # DiffLlama pairs each head's keys with another's values; Doge masks tokens by all heads' values together
 MIXES_HEADS = ("diffllama", "doge")
+# JetMoe attends to every stored head several times, in an order of its own, so no mass can be added to one of them
+REPEATS_HEADS = ("jetmoe",)
 
 
 def check_supported(config: PreTrainedConfig, merger: Merger) -> None:

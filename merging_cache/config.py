@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .budgets import BUDGETS, Budget
 from .fold import Fold
-from .mergers import MERGERS, Merger
+from .mergers import MERGERS, QUERY_SOURCES, Merger
 from .scorers import SCORERS, Scorer, build_scorer
 from .stage import Spec, build_stage, check_choice, check_number, describe_stage
 from .states import LayerStates
@@ -133,7 +133,7 @@ class MergingConfig:
             "compression_ratio": self.compression_ratio,
             "max_tokens": self.max_tokens,
             "budget": describe_stage(self.budget, BUDGETS),
-            "merger": describe_stage(self.merger, MERGERS),
+            "merger": describe_stage(self.merger, MERGERS | QUERY_SOURCES),
             "sink_tokens": self.sink_tokens,
             "recent_tokens": self.recent_tokens,
             "fold_at": self.fold_at,

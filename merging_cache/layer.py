@@ -154,9 +154,9 @@ class MergingLayer(DynamicLayer):
         return torch.nn.functional.pad(self._of_slots(self._slot_log_mass, 0.0), (0, tail))
 
     @property
-    def merger(self) -> Merger:
-        """What becomes of the tokens that this layer evicts."""
-        return self._fold.merger
+    def merger(self) -> Merger | None:
+        """What becomes of the tokens that this layer evicts; `None` where it evicts none."""
+        return None if self._config.compression_ratio == 0 else self._fold.merger
 
     @property
     def nbytes(self) -> int:
@@ -408,6 +408,7 @@ class MergingLayer(DynamicLayer):
     def _folded(self, keys: Tensor, values: Tensor) -> Slots:
         """Fold what is stored; changes nothing here."""
         self._check_mergeable(keys, values)
+        self._check_owner()
         self._padding.warn_if_unknown(keys)
         with self._in_full_precision():
             slots = self._fold(self._states(keys, values), self._config.num_slots(self.seen))
@@ -454,7 +455,7 @@ class MergingLayer(DynamicLayer):
     def is_croppable(self) -> bool:
         """Whether `crop` can put the layer back as it was, unless the past is recorded: not once tokens were folded.
 
-        Nor once a scorer has observed them, since what it remembers of all queries cannot be undone.
+        Nor once a stage has observed them, since what it remembers of all queries cannot be undone.
         """
         return self.record_past or (self.num_slots == 0 and self._observed.until == 0)
 
@@ -498,7 +499,7 @@ class MergingLayer(DynamicLayer):
             )
         if self.num_stored and self.seen - remove < self._observed.until:
             raise ValueError(
-                f"cannot crop {remove} tokens from layer {self.layer_idx}: {self._fold.scorer.stage_name} has observed "
+                f"cannot crop {remove} tokens from layer {self.layer_idx}: {self._observing} observed "
                 f"the queries of the first {self._observed.until} of {self.seen} tokens, which cannot be undone. Call "
                 "cache.activate_past_recording() before the pass that you want to take back, or reset() and start anew"
             )
@@ -506,7 +507,7 @@ class MergingLayer(DynamicLayer):
 
     def release(self) -> None:
         """Forget the attention module, so that this cache does not keep the model alive."""
-        self._observed.owner = Owner()
+        self._observed.owner = self._observed.owner.forgotten()
 
     # The batch --------------------------------------------------------------------------------------------------------
 
@@ -590,6 +591,23 @@ class MergingLayer(DynamicLayer):
             )
         if (other := self._link.reads(self)) is not None:
             other._miss_attention()  # the first layer whose slots nobody read stops the pass that it spoils
+
+    @property
+    def _observing(self) -> str:
+        """The names of the stages that observe."""
+        return " and ".join(stage.stage_name for stage in self._fold.stages.values() if stage.observes)
+
+    def _check_owner(self) -> None:
+        """Refuse to fold a prompt by what can no longer be known of the module that it went through."""
+        stages = self._fold.stages.values()
+        if self._observed.owner.is_forgotten and any(
+            stage.uses_rotary or stage.needs_rotary or stage.needs_module for stage in stages
+        ):
+            raise ValueError(
+                f"layer {self.layer_idx} holds a prompt that waits for its fold, but the cache was pickled or released "
+                f"since, and {self._observing} cannot go on without the attention module of {self._link.model_name}. "
+                "Pickle or release the cache after the fold: use fold_at='prefill', or generate a token first"
+            )
 
     def _check_mergeable(self, keys: Tensor, values: Tensor) -> None:
         if self._fold.merger.merges_values and keys.shape[3] != values.shape[3]:

@@ -13,18 +13,23 @@ from .states import LayerStates, Slots, Statistics
 class Owner:
     """The attention module of a layer and its rotary embedding.
 
-    Copies of a cache share them, and they do not travel with a pickled one.
+    Copies of a cache share them, and they do not travel with a pickled one, which only knows that there were any.
     """
 
-    def __init__(self, module: torch.nn.Module | None = None, rotary: Any = None) -> None:
+    def __init__(self, module: torch.nn.Module | None = None, rotary: Any = None, is_forgotten: bool = False) -> None:
         self.module = module
         self.rotary = rotary
+        self.is_forgotten = is_forgotten
+
+    def forgotten(self) -> "Owner":
+        """One that only knows that there was another."""
+        return Owner(is_forgotten=self.is_forgotten or self.module is not None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Owner, ()
+        return Owner, (None, None, self.forgotten().is_forgotten)
 
 
 @dataclass
@@ -62,7 +67,7 @@ class Observed:
         self.queries, self.positions, self.hidden_states = queries, positions, hidden_states
 
     def digest(self, fold: Fold, states: LayerStates) -> None:
-        """Let the scorer observe what was received since, then keep no more queries than the window."""
+        """Let the stages observe what was received since, then keep no more queries than the window."""
         if self.new:
             self.remembered = fold.observe(states, self.new)
             self.until = int(self.positions[:, -self.new :].max()) + 1

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .layer import MergingLayer
-from .mergers import MERGERS
+from .mergers import MERGERS, QUERY_SOURCES
 from .stage import summarize_stage
 
 COLUMNS = ("layer", "kind", "seen", "slots", "merged", "dropped", "bytes", "DynamicCache", "share", "merger")
@@ -101,7 +101,7 @@ def report_layer(index: int, layer: Any) -> LayerReport:
             tokens_dropped=mean_count(layer.num_dropped),
             bytes_now=layer.nbytes,
             bytes_full=layer.full_nbytes,
-            merger=summarize_stage(layer.merger, MERGERS),
+            merger="-" if layer.merger is None else summarize_stage(layer.merger, MERGERS | QUERY_SOURCES),
         )
     nbytes = sum(tensor.nbytes for tensor in held_tensors(layer))
     keys = getattr(layer, "keys", None)

@@ -151,10 +151,12 @@ def build_stage(field: str, spec: Any, table: dict[str, type[Kind]], kind: type[
     return stage(**options)
 
 
-def describe_stage(spec: Any, table: dict[str, type]) -> Any:
-    """The inverse of `build_stage` where there is one."""
+def describe_stage(spec: Any, table: Mapping[str, type]) -> Any:
+    """The inverse of `build_stage` where there is one; `table` also names the stages inside it."""
     if isinstance(spec, Mapping):
         return dict(spec)
+    if isinstance(spec, list | tuple):
+        return [describe_stage(one, table) for one in spec]
     for name, stage in table.items():
         if type(spec) is stage and dataclasses.is_dataclass(spec):
             options = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec) if field.init}
@@ -167,7 +169,7 @@ def summarize_stage(stage: Stage, table: dict[str, type]) -> str:
     described = describe_stage(stage, table)
     if not isinstance(described, dict):
         return stage.stage_name
-    defaults = {field.name: field.default for field in dataclasses.fields(stage)}
+    defaults = {field.name: describe_stage(field.default, table) for field in dataclasses.fields(stage)}
     options = {name: value for name, value in described.items() if name != "name" and value != defaults[name]}
     return described["name"] + (
         f"({', '.join(f'{name}={value!r}' for name, value in options.items())})" * bool(options)

@@ -15,7 +15,7 @@ TILE = 1 << 22  # elements of an intermediate result that stages hold at a time:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a scorer remembers of the passes it observed (see `Scorer.observe`).
+    """What a stage remembers of the passes it observed (see `Stage.observe`).
 
     Args:
         tokens: `[B, H, L, ...]`, numbers kept per stored token: survivors keep theirs, the evicted lose theirs.
@@ -97,7 +97,7 @@ class LayerStates:
         reference: queries to judge a fold by, where a merger hands them to another.
         module: the attention module, where the model is known.
         scaling: the factor on the attention logits; `None` for `1 / sqrt(D)`.
-        rotary: the layer's rotary embedding, where the scorer asked for it.
+        rotary: the layer's rotary embedding, where a stage asked for it.
         layer_idx: the layer's index in the model.
         layer_rank: `(i, n)`, this is folding layer `i` of `n`, or `None` where that is not known.
         heads: `[H]`, which of the layer's KV heads these are, or `None` for all of them in order.
@@ -374,13 +374,17 @@ class Slots:
         """The survivors as they are, everything else counted as dropped: hard eviction."""
         indices = survivors.indices
         counts = torch.zeros(indices.shape[:2], dtype=torch.long, device=indices.device)
+        dropped = counts + (states.num_tokens - indices.shape[2])
+        if states.log_mass is not None:  # a slot may stand for more than one
+            mass = states.log_mass.double().exp()
+            dropped = (mass.sum(dim=-1) - mass.gather(2, indices).sum(dim=-1)).round().long()
         return cls(
             keys=gather_tokens(states.keys, indices),
             values=gather_tokens(states.values, indices),
             positions=states.positions.gather(2, indices),
             log_mass=None if states.log_mass is None else states.log_mass.gather(2, indices),
             num_merged=counts,
-            num_dropped=counts + (states.num_tokens - indices.shape[2]),
+            num_dropped=dropped,
         )
 
     @classmethod

@@ -7,7 +7,8 @@ import torch
 
 from merging_cache import MergingConfig, MergingDynamicCache, Scorer
 from merging_cache.config import resolve_config
-from merging_cache.mergers import MassMerger, SimilarityMerger
+from merging_cache.mergers import CountMerger, MassMerger, RefitMerger, SimilarityMerger, ValidatedMerger
+from merging_cache.mergers.queries import StratifiedQueries
 from merging_cache.scorers import KnormScorer, LagKVScorer
 
 pytestmark = pytest.mark.core
@@ -211,3 +212,14 @@ def test_a_budget_goes_with_the_scorer_it_came_with():
 def test_numbers_that_are_none(budget):
     with pytest.raises(ValueError, match=r"it must be a number|positive, finite numbers"):
         MergingConfig(budget=budget)
+
+
+def test_nested_stages_survive_json(tmp_path):
+    merger = ValidatedMerger(mergers=[CountMerger(), RefitMerger(merger=CountMerger(routing="distance"))])
+    config = MergingConfig(merger=merger)
+    config.to_json_file(tmp_path / "config.json")
+    count, refit = MergingConfig.from_json_file(tmp_path / "config.json").build().merger.candidates
+    assert (count, refit.inner) == (CountMerger(), CountMerger(routing="distance"))
+    config = MergingConfig(merger=MassMerger(queries=StratifiedQueries(9)))
+    config.to_json_file(tmp_path / "config.json")
+    assert MergingConfig.from_json_file(tmp_path / "config.json").build().merger.source.count == 9

@@ -234,9 +234,22 @@ def test_the_comparison_goes_on_and_its_tables_and_picture_hold_what_was_measure
     left = [sum(cells["rotary", "keydiff", 0.5, merger]["error"]) for merger in ("count", "drop")]
     row = [line for line in first.splitlines() if line.startswith("| count")][1]
     assert row.split("|")[2].strip() == f"{left[0] / left[1]:.2f}"
-    monkeypatch.setattr(sys, "argv", [*command, "--seed", "9"])
-    with pytest.raises(ValueError, match=r"was measured with .*'seed': 1.* choose another --output"):
-        compare.main()
+    output.write_text("\n".join(lines)[:-20])  # interrupted while the last cell was written
+    assert len(compare.Results(output, compare.Setting(2, 200, 2, 4, 1)).cells) == 3
+    assert output.read_text().splitlines() == lines[:-1]
+    for wrong, message in (
+        (["--seed", "9"], r"was measured with .*'seed': 1.* choose another --output"),
+        (["--ratios", "0.5", "1.0"], "compression_ratio is 1.0"),
+        (["--ratios", "0"], "nothing to compare"),
+        (["--mergers", "drop"], "nothing to compare"),
+        (["--mergers", "masses"], "unknown merger 'masses'"),
+        (["--scorers", "kvzap"], "weights"),
+        (["--words", "30"], "no 2 contexts of exactly 30 words"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*command, *wrong])
+        with pytest.raises(SystemExit):
+            compare.main()
+        assert re.search(message, capsys.readouterr().err)
 
 
 def test_intervals_are_those_of_a_paired_bootstrap():

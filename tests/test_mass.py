@@ -1,5 +1,6 @@
 """Mergers that keep attention mass: exact where they can be, each against attention written out in float64."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import DynamicCache
 
 import reference
 from architectures import tiny_model
-from merging_cache import MERGERS, LayerStates, MergingDynamicCache, Scorer, Survivors, attention
+from merging_cache import MERGERS, LayerStates, MergingDynamicCache, Scorer, Survivors, attention, merging_attention
 from merging_cache.mergers import (
     CAMMerger,
     CountMerger,
@@ -213,6 +214,21 @@ def test_mass_equals_loops(routing, options):
             )
             expected = states.log_mass[0, head, j].item() + torch.tensor(scale * total).log1p().item()
             assert slots.log_mass[0, head, slot].item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_added": float("inf")}, {"max_added": 0.0, "max_ratio": 0.0}, {"max_added": 0.0, "least_explained": 0.9}],
+)
+def test_extreme_caps_leave_no_nan(options):
+    states = some_states(20)
+    survivors = keep(states, 6)
+    slots = MassMerger(queries="last", **options).merge(states, survivors)
+    assert slots.values.isfinite().all()
+    assert slots.log_mass.isfinite().all()
+    if options["max_added"] == 0:
+        assert torch.equal(slots.values, DropMerger().merge(states, survivors).values)
+        assert not slots.log_mass.any()
 
 
 def test_heads_are_merged_a_few_at_a_time(monkeypatch):
@@ -431,6 +447,18 @@ def test_residual_equals_loops(mass, clusters):
         assert (slots.num_merged[0, head], slots.num_dropped[0, head]) == (len(gone), 0)
 
 
+@pytest.mark.parametrize("clusters", ["positions", "keys"])
+def test_residual_mass_is_the_count_where_all_keys_are_equal(clusters):
+    """Also of clusters that some of the queries do not see, or none of them."""
+    states = LayerStates(torch.ones(1, 1, 40, 8), torch.randn(1, 1, 40, 8))
+    states = replace(states, queries=torch.randn(1, 1, 20, 8), query_positions=torch.arange(18, 38))
+    survivors = Survivors(torch.arange(0, 36, 3).expand(1, 1, -1), scores=torch.rand(1, 1, 12))
+    slots = ResidualMerger(queries="last", share=1.0, clusters=clusters).merge(states, survivors)
+    torch.testing.assert_close(slots.log_mass.exp().sum(), torch.tensor(40.0))
+    for j, mass in zip(slots.tokens[0, 0].tolist(), slots.log_mass[0, 0].exp().tolist(), strict=True):
+        assert mass == pytest.approx(round(mass), abs=1e-4), j
+
+
 def test_residual_slots_remember_their_own_tokens():
     """What a scorer keeps per token follows the token that a slot is named after."""
     model, ids = llama(), prompt(60)
@@ -463,12 +491,13 @@ def test_stratified_queries_do_not_depend_on_chunks(chunk):
     for piece in ids.split(chunk or 100, dim=1):
         model(piece, past_key_values=cache)
         for layer in cache.layers:
-            buffer, where = layer._observed.remembered["merger"].queries
+            buffer, where, total = layer._observed.remembered["merger"].queries
             assert buffer.shape[2] == where.shape[2] == 12
-    kept, where = cache.layers[0]._observed.remembered["merger"].queries
+    assert (total == 100).all()
+    kept, where, _ = cache.layers[0]._observed.remembered["merger"].queries
     model(prompt(1), past_key_values=cache)
     expected = list(range(7, 100, 8))
-    assert (where[0, 0, : len(expected), 0] - 1).tolist() == expected
+    assert where[0, 0, : len(expected)].tolist() == [[position, position + 1] for position in expected]
     assert not where[0, 0, len(expected) :].any()
     # by hand, for the first layer
     layer = model.model.layers[0]
@@ -477,13 +506,14 @@ def test_stratified_queries_do_not_depend_on_chunks(chunk):
     turned = torch.stack([reference.rotation(100 + i, 16) for i in range(len(expected))])
     expected_queries = torch.einsum("bhnd,ned->bhne", queries, turned)
     torch.testing.assert_close(shown[0].queries.double(), expected_queries, rtol=1e-3, atol=1e-3)
-    # once folded, one in eight of them is kept, and the next turn adds its own
-    buffer, where = cache.layers[0]._observed.remembered["merger"].queries
+    # once folded, one of them is left, and the next turn adds its own; what was generated is not observed
+    buffer, where, _ = cache.layers[0]._observed.remembered["merger"].queries
     torch.testing.assert_close(buffer[:, :, 0], kept[:, :, 7])
-    assert (buffer.shape[2], where[0, 0].flatten().tolist()) == (1, [64])
+    assert where[0, 0].tolist() == [[63, 64]]
     model(prompt(30), past_key_values=cache)
-    _, where = cache.layers[0]._observed.remembered["merger"].queries
-    assert where[0, 0].flatten().tolist() == [64, 112, 128, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    _, where, total = cache.layers[0]._observed.remembered["merger"].queries
+    assert where[0, 0].tolist() == [[63, 64], [112, 112], [128, 128]] + [[0, 0]] * 9
+    assert (total == 130).all()
     assert shown[0].positions.tolist() == [list(range(100, 100 + len(expected)))]
 
 
@@ -496,6 +526,65 @@ def test_rows_whose_first_chunk_is_padding(merger, fold_at):
     mine = greedy(model, inputs, 3, past_key_values=together, prefill_chunk_size=15)
     theirs = greedy(model, inputs["input_ids"][1:, 30:], 3, past_key_values=alone, prefill_chunk_size=15)
     torch.testing.assert_close(torch.stack(mine.logits)[:, 1:], torch.stack(theirs.logits), rtol=1e-3, atol=1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merger", ["auto", "residual", "cam", "refit", "validated"])
+def test_turns_after_long_answers_still_have_reference_queries(merger):
+    """However much is generated between prompts, some queries of them are left."""
+    model = llama(layers=1)
+    cache = MergingDynamicCache(model=model, merger=merger)
+    for turn, count in enumerate([5, 2, 30, 1, 3, 30, 30]):
+        model(prompt(count, seed=turn), past_key_values=cache)
+        _, where, total = cache.layers[0]._observed.remembered["merger"].queries
+        kept = where[0, 0, :, 1]
+        assert (kept > 0).sum() >= min(8, total[0, 0, 0])
+        for _ in range(40):
+            model(prompt(1), past_key_values=cache)
+    assert cache.layers[0].positions.shape[2] < cache.get_seq_length()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [64, 100])
+def test_a_streamed_prompt_keeps_queries_from_all_over_it(chunk):
+    model = llama(layers=1)
+    cache = MergingDynamicCache(model=model, max_tokens=48, **WINDOW)
+    for piece in prompt(1500).split(chunk, dim=1):
+        model(piece, past_key_values=cache)
+    _, where, total = cache.layers[0]._observed.remembered["merger"].queries
+    assert (total == 1500).all()
+    assert where[0, 0].tolist() == [[i - 1, i] for i in range(128, 1501, 128)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merger", ["auto", "cam", {"name": "refit", "merger": "drop"}])
+def test_rows_with_different_histories_keep_their_own_queries(merger):
+    model = llama()
+    options = {"model": model, "merger": merger, "max_tokens": 20, **WINDOW}
+    together, alone = MergingDynamicCache(**options), MergingDynamicCache(**options)
+    mask = torch.zeros(2, 0, dtype=torch.long)
+    for turn, lengths in enumerate([(40, 20), (20, 40), (30, 30), (9, 9)]):
+        inputs = left_padded(list(lengths), seed=turn)
+        mask = torch.cat([mask, inputs["attention_mask"]], dim=1)
+        new = inputs["input_ids"].shape[1]
+        positions = (mask.cumsum(1) - 1)[:, -new:].clamp_min(0)
+        mine = model(inputs["input_ids"], attention_mask=mask, position_ids=positions, past_key_values=together)
+        theirs = model(inputs["input_ids"][1:, new - lengths[1] :], past_key_values=alone)
+        torch.testing.assert_close(mine.logits[1, -1], theirs.logits[0, -1], rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["pickled", "released"])
+def test_a_prompt_that_waits_for_its_fold_keeps_its_module(how):
+    model = llama()
+    cache = MergingDynamicCache(model=model, fold_at="decode", **WINDOW)
+    model(prompt(60), past_key_values=cache)
+    other = pickle.loads(pickle.dumps(cache)) if how == "pickled" else cache
+    if how == "released":
+        cache.release()
+    with merging_attention(model), pytest.raises(ValueError, match=r"was pickled or released since, and MassMerger"):
+        model(prompt(1), past_key_values=other)
+    assert other.get_seq_length() == 60
 
 
 def test_without_a_rotary_embedding_the_last_queries_are_asked():
@@ -540,5 +629,49 @@ def test_bad_options_of_wrapping_mergers():
         RefitMerger(ridge=0)
     with pytest.raises(ValueError, match=r"mergers is \(\); give a list of mergers"):
         ValidatedMerger(mergers=())
+    with pytest.raises(ValueError, match="mergers is 5; give a list"):
+        ValidatedMerger(mergers=5)
+    with pytest.raises(ValueError, match="mergers is {'name': 'mass'}; give a list"):
+        ValidatedMerger(mergers={"name": "mass"})
     with pytest.raises(ValueError, match="held_out is 0.9"):
         ValidatedMerger(held_out=0.9)
+
+
+class Asking(DropMerger):
+    """Drops, and notes the queries it was shown."""
+
+    needs_queries, query_window, shown = True, 16, None
+
+    def merge(self, states, survivors):
+        self.shown = states.queries.shape[2]
+        return super().merge(states, survivors)
+
+
+class Remembering(DropMerger):
+    def observe(self, states, new):
+        return None
+
+
+@torch.no_grad()
+def test_wrapping_mergers_ask_for_what_the_wrapped_need():
+    model, asking = llama(), Asking()
+    for merger in (RefitMerger(merger=asking), ValidatedMerger(mergers=[asking])):
+        asking.shown = None
+        model(prompt(60), past_key_values=MergingDynamicCache(model=model, merger=merger, **WINDOW))
+        assert asking.shown == 16
+    with pytest.raises(ValueError, match="Remembering observes the prompt, which a merger inside RefitMerger cannot"):
+        RefitMerger(merger=Remembering())
+
+
+@pytest.mark.parametrize(("held_out", "judges"), [(0.25, 3), (0.5, 5), (0.3, 3), (0.4, 4), (0.45, 5), (0.05, 1)])
+def test_the_share_that_judges(held_out, judges):
+    asked = []
+
+    class Spy(MassMerger):
+        def merge_heads(self, states, survivors):
+            asked.append(states.reference.queries.shape[2])
+            return super().merge_heads(states, survivors)
+
+    states = some_states(30, asked=10)
+    ValidatedMerger(queries="last", held_out=held_out, mergers=[Spy()]).merge(states, keep(states, 9))
+    assert asked == [10 - judges]

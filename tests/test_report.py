@@ -97,6 +97,8 @@ def test_it_says_which_merger_ran():
         assert (cache.layers[0].log_mass is None) == (merger == "similarity")
     with merging_attention(model):
         assert MergingDynamicCache(config=model.config).layers[0].merger == SimilarityMerger()
+    assert MergingDynamicCache(model=tiny_model("jetmoe")).report().layers[0].merger == "similarity"
+    assert MergingDynamicCache(model=model, compression_ratio=0).report().layers[0].merger == "-"
     outside = tiny_model("xglm", attention="eager")
     cache = MergingDynamicCache(model=outside, **WINDOW)
     outside(ids, past_key_values=cache)

@@ -68,7 +68,8 @@ class MassMerger(ReferenceMerger):
         index = survivors.indices.gather(2, routing.target)
         ratio = torch.zeros_like(routing.weight)
         tiny = torch.finfo(ratio.dtype).tiny
-        looked_up = self.lookup_share * asked / length
+        # attention sums to 1 for every query that there is
+        looked_up = self.lookup_share / length * attention.sum(dim=(2, 3)).unsqueeze(-1)  # [B, H, 1]
         variance = values.float().var(dim=2, correction=0).sum(dim=-1, keepdim=True).clamp_min(tiny)  # [B, H, 1]
         step = max(1, TILE // (batch * heads * max(asked, values.shape[3])))
         for first in range(0, ratio.shape[2], step):
@@ -77,7 +78,7 @@ class MassMerger(ReferenceMerger):
             both, own, other = (a_i * a_j).sum(-1), a_i.square().sum(-1), a_j.square().sum(-1)
             explained = both.square() / (own * other).clamp_min(tiny) >= self.least_explained
             asking = other
-            if looked_up:
+            if self.lookup_share:
                 apart = (gather_tokens(values, mine).float() - gather_tokens(values, theirs)).square().sum(-1)
                 asking = other + looked_up * apart / variance
             ratio[:, :, first : first + step] = (both / asking.clamp_min(tiny)) * explained * (other > 0)

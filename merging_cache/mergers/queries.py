@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..stage import Stage, option
-from ..states import LayerStates, ReferenceQueries, Statistics
+from ..states import LayerStates, ReferenceQueries, Statistics, gather_tokens
 
 
 class QuerySource(Stage, ABC):
@@ -17,7 +18,10 @@ class QuerySource(Stage, ABC):
 
     @abstractmethod
     def reference(self, states: LayerStates) -> ReferenceQueries:
-        """`n` queries of each query head, or fewer where fewer were observed."""
+        """`n` queries of each query head, or fewer where fewer were observed.
+
+        Rows may have different numbers of them: a position of -1 says that there is none, which then sees nothing.
+        """
 
 
 @dataclass
@@ -42,11 +46,13 @@ class LastQueries(QuerySource):
 class StratifiedQueries(QuerySource):
     """Queries from all over the prompt, turned to the next positions (GRKV, arXiv:2605.31105).
 
-    One query out of every stretch of the prompt, the stretches being as long as leaves `count` to `2 * count` of them.
+    One out of so many of the queries observed as leaves `count` to `2 * count` of them, or all where they were fewer.
     Their rotary embedding is taken off, and they are put at the positions after the last token, so that they see all of
     it. Where the rotary embedding cannot be made out, the last `count` queries are taken as they are.
 
-    Memory: `2 * count` queries of every query head until the fold, and after it one in eight, for the next fold.
+    Memory: `2 * count` queries of every query head until the fold. After it only `count / 8` to `count / 4` of them are
+    kept for the next one, still from all over the prompt, to which the queries observed since are added; so a prompt
+    that is folded in many chunks is judged by its last chunk most.
 
     Args:
         count: the least number of queries, once as many were observed.
@@ -58,73 +64,117 @@ class StratifiedQueries(QuerySource):
     count: int = option(64, minimum=1)
 
     def observe(self, states: LayerStates, new: int) -> Statistics:
-        first = states.queries.shape[2] - new
-        queries, positions = states.queries[:, :, first:], states.query_positions[0, first:]  # rows are alike
-        if states.statistics is not None:
-            kept, where = self._kept(states.statistics)
-            queries, positions = torch.cat([kept, queries], dim=2), torch.cat([where, positions])
-        room = 2 * self.count
-        if states.rotary is None:
-            chosen = torch.arange(len(positions), device=positions.device)[-self.count :]
-        else:
-            stretch = 1
-            while states.seen // stretch > room:
-                stretch *= 2  # the last of every two stretches is the last of both, so nothing thrown away is missed
-            chosen = (positions % stretch == stretch - 1).nonzero().squeeze(1)
-        batch, heads, _, dim = queries.shape
-        buffer = queries.new_zeros((batch, heads, room, dim))
-        buffer[:, :, : len(chosen)] = queries[:, :, chosen]
-        where = positions.new_zeros((batch, heads, room, 1))  # 1 + the position, 0 where there is no query
-        where[:, :, : len(chosen), 0] = positions[chosen] + 1
-        return Statistics(queries=(buffer, where))
+        observed = _Observed.after(states, new)
+        chosen = observed.order > observed.total.unsqueeze(1) - self.count
+        if states.rotary is not None:
+            chosen = observed.evenly(2 * self.count)
+        return observed.pick(chosen, 2 * self.count).statistics()
+
+    def settle(self, statistics: Statistics, folded: Tensor) -> Statistics:
+        observed = _Observed.of(statistics)
+        chosen = observed.evenly(max(1, self.count // 4)) | (~folded.unsqueeze(1) & (observed.order > 0))
+        return observed.pick(chosen, int(chosen.sum(dim=1).max())).statistics()
 
     def reference(self, states: LayerStates) -> ReferenceQueries:
         if states.statistics is None:
             return LastQueries(self.count).reference(states)
-        queries, positions = self._kept(states.statistics)
-        batch, _, kept, _ = queries.shape
-        positions = positions.expand(batch, -1)
-        if states.rotary is None:
-            return ReferenceQueries(queries, positions)
-        ahead = states.positions[..., -1].amax(dim=1, keepdim=True) + 1  # rows are alike
-        ahead = ahead + torch.arange(kept, device=queries.device)
-        turned = states.rotary.rotated(states.rotary.unrotated(queries, positions), ahead)
-        return ReferenceQueries(turned, ahead)
+        observed = _Observed.of(states.statistics)
+        known = observed.order > 0
+        observed = observed.pick(known, int(known.sum(dim=1).max()))
+        queries, positions = observed.queries, observed.positions.long()
+        if states.rotary is not None:
+            ahead = states.positions[..., -1].amax(dim=1, keepdim=True) + 1
+            ahead = ahead + torch.arange(queries.shape[2], device=queries.device)
+            queries = states.rotary.rotated(states.rotary.unrotated(queries, positions), ahead)
+            positions = ahead
+        return ReferenceQueries(queries, positions.masked_fill(observed.order == 0, -1))
 
-    def settle(self, statistics: Statistics, folded: Tensor) -> Statistics:
-        def thinned(kept: Tensor) -> Tensor:
-            fewer = kept[:, :, 7::8]  # the last of every eight stretches
-            if folded.all():
-                return fewer.clone()
-            padded = torch.zeros_like(kept)
-            padded[:, :, : fewer.shape[2]] = fewer
-            return torch.where(folded.view(-1, 1, 1, 1), padded, kept)
 
-        return Statistics(queries=tuple(thinned(kept) for kept in statistics.queries))
+@dataclass(frozen=True)
+class _Observed:
+    """Some of the queries that were observed so far.
 
-    def _kept(self, statistics: Statistics) -> tuple[Tensor, Tensor]:
-        """The queries `[B, Hq, n, D]` kept so far and their positions `[n]`."""
-        buffer, where = statistics.queries
-        where = where[0, 0, :, 0]  # rows and heads are alike
-        return buffer[:, :, where > 0], where[where > 0] - 1
+    Args:
+        queries: `[B, Hq, n, D]`.
+        positions: `[B, n]`, where they are.
+        order: `[B, n]`, which of all observed queries they are: 1 is the first, 0 stands for none.
+        total: `[B]`, how many were observed.
+    """
+
+    queries: Tensor
+    positions: Tensor
+    order: Tensor
+    total: Tensor
+
+    @classmethod
+    def of(cls, statistics: Statistics) -> "_Observed":
+        """What `statistics` made of it: there everything is said for every query head."""
+        queries, where, total = statistics.queries
+        return cls(queries, where[:, 0, :, 0], where[:, 0, :, 1], total[:, 0, 0])
+
+    def statistics(self) -> Statistics:
+        heads = self.queries.shape[1]
+        where = torch.stack([self.positions, self.order], dim=-1).unsqueeze(1).expand(-1, heads, -1, -1)
+        return Statistics(queries=(self.queries, where.contiguous(), self.total.view(-1, 1, 1).expand(-1, heads, 1)))
+
+    @classmethod
+    def after(cls, states: LayerStates, new: int) -> "_Observed":
+        """What was kept before a pass, and all queries of the pass."""
+        batch, _, last, _ = states.queries.shape
+        queries = states.queries[:, :, last - new :]
+        positions = states.query_positions[:, last - new :].expand(batch, -1).int()
+        order = torch.arange(1, new + 1, dtype=torch.int32, device=queries.device).expand(batch, -1)
+        total = torch.full((batch,), new, dtype=torch.int32, device=queries.device)
+        if states.statistics is None:
+            return cls(queries, positions, order, total)
+        before = cls.of(states.statistics)
+        return cls(
+            torch.cat([before.queries, queries], dim=2),
+            torch.cat([before.positions, positions], dim=1),
+            torch.cat([before.order, order + before.total.unsqueeze(1)], dim=1),
+            before.total + total,
+        )
+
+    def evenly(self, room: int) -> Tensor:
+        """`[B, n]` bool, every so manieth of all that were observed, so that `room / 2` to `room` are chosen.
+
+        The distances are powers of two, so that what a larger one chooses was chosen by all smaller ones before it.
+        """
+        powers = 2 ** torch.arange(31, dtype=torch.int32, device=self.total.device)
+        fits = self.total.unsqueeze(1) // powers <= room
+        distance = powers[fits.int().argmax(dim=1)].unsqueeze(1)  # the first that fits
+        return (self.order > 0) & (self.order % distance == 0)
+
+    def pick(self, chosen: Tensor, room: int) -> "_Observed":
+        """Those where `chosen` `[B, n]`, in `room` places of which the last may stay empty."""
+        index = (~chosen).to(torch.uint8).sort(dim=1, stable=True).indices[:, :room]
+        known = chosen.gather(1, index)
+        empty = room - index.shape[1]
+        queries = gather_tokens(self.queries, index.unsqueeze(1).expand(-1, self.queries.shape[1], -1))
+        queries = queries.masked_fill(~known[:, None, :, None], 0.0)
+        positions, order = (one.gather(1, index).masked_fill(~known, 0) for one in (self.positions, self.order))
+        return _Observed(pad(queries, (0, 0, 0, empty)), pad(positions, (0, empty)), pad(order, (0, empty)), self.total)
 
 
 QUERY_SOURCES: dict[str, type[QuerySource]] = {"last": LastQueries, "stratified": StratifiedQueries}
 
 
-def attention_logits(reference: ReferenceQueries, keys: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """`[B, H, R, S]` in fp32, logits of a group's R queries over keys `[B, H, S, D]`; `bias` `[B, H, S]` added."""
-    queries = reference.queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3).float() * scale
-    logits = queries @ keys.float().mT
-    return logits if bias is None else logits + bias.float().unsqueeze(2)
-
-
-def attention_weights(
+def attention_logits(
     reference: ReferenceQueries, keys: Tensor, positions: Tensor, scale: float, bias: Tensor | None = None
 ) -> Tensor:
-    """`[B, H, R, S]` in fp32, a group's attention to what it sees of keys `[B, H, S, D]` at `positions` `[B, H, S]`."""
-    logits = attention_logits(reference, keys, scale, bias)
+    """`[B, H, R, S]` in fp32, logits of a group's R queries over keys `[B, H, S, D]`, `-inf` where they see none.
+
+    They see what is at `positions` `[B, H, S]` up to their own. `bias` `[B, H, S]` is added.
+    """
     groups = reference.queries.shape[1] // keys.shape[1]
-    asked = reference.positions.repeat(1, groups)  # the group's heads one after another, as in `attention_logits`
-    hidden = positions.unsqueeze(2) > asked[:, None, :, None]
-    return logits.masked_fill_(hidden, -torch.inf).softmax(dim=-1).masked_fill_(hidden, 0.0)
+    queries = reference.queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3).float() * scale
+    logits = queries @ keys.float().mT
+    if bias is not None:
+        logits += bias.float().unsqueeze(2)
+    asked = reference.positions.repeat(1, groups)  # the group's heads one after another, as in `queries`
+    return logits.masked_fill_(positions.unsqueeze(2) > asked[:, None, :, None], -torch.inf)
+
+
+def softmax_of_seen(logits: Tensor) -> Tensor:
+    """The softmax over the last dimension, 0 where a query sees nothing at all."""
+    return logits.softmax(dim=-1).masked_fill_(logits == -torch.inf, 0.0)

@@ -1,14 +1,15 @@
 """Mergers that weigh what they do by the attention of reference queries."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from ..stage import Spec, build_stage
 from ..states import TILE, LayerStates, Slots, Statistics, Survivors
-from .base import Merger
-from .queries import QUERY_SOURCES, QuerySource, attention_weights
+from .base import Merger, build_merger
+from .queries import QUERY_SOURCES, QuerySource, attention_logits, softmax_of_seen
 
 
 @dataclass
@@ -28,13 +29,46 @@ class ReferenceMerger(Merger):
         super().__post_init__()
         self.source = build_stage("queries", self.queries, QUERY_SOURCES, QuerySource)
 
+    def _wrap(self, spec: Spec | Merger) -> Merger:
+        """A merger for this one to call.
+
+        Raises:
+            ValueError: if it remembers something of the prompt, which only the merger of the cache can.
+        """
+        merger = build_merger(spec)
+        remembers = type(merger).observe is not Merger.observe or merger.needs_hidden_states
+        if remembers and not isinstance(merger, ReferenceMerger):
+            raise ValueError(
+                f"{merger.stage_name} observes the prompt, which a merger inside {self.stage_name} cannot; give it to "
+                "the cache itself"
+            )
+        return merger
+
+    @property
+    def wrapped(self) -> Sequence[Merger]:
+        """The mergers that this one calls; those that weigh by reference queries are given its own."""
+        return ()
+
     @property
     def query_window(self) -> int:
-        return self.source.query_window
+        asking = [self.source, *(one for one in self._others if one.needs_queries)]
+        return max(one.query_window for one in asking)
 
     @property
     def uses_rotary(self) -> bool:
-        return self.source.uses_rotary
+        return any(one.uses_rotary for one in (self.source, *self._others))
+
+    @property
+    def needs_rotary(self) -> bool:
+        return any(one.needs_rotary for one in self._others)
+
+    @property
+    def needs_module(self) -> bool:
+        return any(one.needs_module for one in self._others)
+
+    @property
+    def _others(self) -> list[Merger]:
+        return [one for one in self.wrapped if not isinstance(one, ReferenceMerger)]
 
     def observe(self, states: LayerStates, new: int) -> Statistics | None:
         return self.source.observe(states, new)
@@ -47,6 +81,8 @@ class ReferenceMerger(Merger):
             return Slots.of_survivors(states, survivors)
         if states.reference is None:
             states = replace(states, reference=self.source.reference(states))
+        if states.reference.queries.shape[2] == 0:  # nothing to weigh a fold by
+            return Slots.of_survivors(states, survivors)
         batch, heads, length = states.positions.shape
         asked = states.reference.queries.shape[1] // heads * states.reference.queries.shape[2]
         step = max(1, 4 * TILE // (batch * asked * length))
@@ -58,9 +94,14 @@ class ReferenceMerger(Merger):
         """Merge some heads of the layer; `states.reference` holds the queries."""
 
 
+def full_logits(states: LayerStates) -> Tensor:
+    """`[B, H, R, L]` in fp32, the logits of the R reference queries of each head's group over all tokens they see."""
+    return attention_logits(states.reference, states.keys, states.positions, states.logit_scale, states.log_mass)
+
+
 def full_attention(states: LayerStates) -> Tensor:
     """`[B, H, R, L]` in fp32, the attention of the R reference queries of each head's group to all tokens."""
-    return attention_weights(states.reference, states.keys, states.positions, states.logit_scale, states.log_mass)
+    return softmax_of_seen(full_logits(states))
 
 
 def full_output(states: LayerStates) -> Tensor:
@@ -70,7 +111,8 @@ def full_output(states: LayerStates) -> Tensor:
 
 def slot_attention(slots: Slots, states: LayerStates) -> Tensor:
     """`[B, H, R, K]` in fp32, their attention to the slots after a fold."""
-    return attention_weights(states.reference, slots.keys, slots.positions, states.logit_scale, slots.log_mass)
+    logits = attention_logits(states.reference, slots.keys, slots.positions, states.logit_scale, slots.log_mass)
+    return softmax_of_seen(logits)
 
 
 def output_error(slots: Slots, states: LayerStates, wanted: Tensor) -> Tensor:

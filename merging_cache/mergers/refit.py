@@ -1,5 +1,6 @@
 """Values refitted until the folded cache answers as the full one does."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from ..stage import Spec, option
 from ..states import LayerStates, Slots, Survivors
-from .base import Merger, build_merger
+from .base import Merger
 from .reference import ReferenceMerger, full_output, slot_attention
 
 
@@ -41,7 +42,11 @@ class RefitMerger(ReferenceMerger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.inner = build_merger(self.merger)
+        self.inner = self._wrap(self.merger)
+
+    @property
+    def wrapped(self) -> Sequence[Merger]:
+        return (self.inner,)
 
     @property
     def has_mass(self) -> bool:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..stage import option
 from ..states import LayerStates, Slots, Survivors, gather_tokens, top_tokens
-from .queries import attention_logits
-from .reference import ReferenceMerger, full_attention
+from .queries import attention_logits, softmax_of_seen
+from .reference import ReferenceMerger, full_logits
 from .routing import Routing, masses, nearest_survivors
 
 LEAST = 1e-20  # attention that no token falls short of, so that every cluster has a mean
@@ -60,7 +60,8 @@ class ResidualMerger(ReferenceMerger):
         evicted = stay.evicted(states.num_tokens)
         cluster, named = self._clusters(states.keys, evicted, given_up)
 
-        attention = full_attention(states)  # [B, H, R, L]
+        logits = full_logits(states)
+        attention = softmax_of_seen(logits)  # [B, H, R, L]
         mass = masses(states).gather(2, evicted)
         weight = mass if self.mass == "count" else attention.mean(dim=2).gather(2, evicted).clamp_min(LEAST)
 
@@ -73,13 +74,15 @@ class ResidualMerger(ReferenceMerger):
         log_mass = counts.log()
         if self.mass == "fitted":
             drawn = of_clusters(torch.ones_like(mass)).sums(attention.mT, count).mT  # [B, H, R, count]
-            logits = attention_logits(states.reference, states.keys, states.logit_scale, states.log_mass)
-            alone = attention_logits(states.reference, keys, states.logit_scale)
-            alone = (alone - logits.logsumexp(dim=-1, keepdim=True)).exp()
-            tiny = torch.finfo(torch.float32).tiny
-            fitted = (drawn * alone).sum(dim=2) / alone.square().sum(dim=2).clamp_min(tiny)
+            # only queries that see all of a cluster can tell its mass
+            last = torch.zeros_like(given_up).scatter_reduce(2, cluster, states.positions.gather(2, evicted), "amax")
+            alone = attention_logits(states.reference, keys, last, states.logit_scale)
+            alone = (alone - logits.logsumexp(dim=-1, keepdim=True)).exp().nan_to_num(0.0)
+            squares = alone.square().sum(dim=2)
+            fitted = (drawn * alone).sum(dim=2) / squares
             # no slot stands for less than a hundredth of a token, or for more than all of its tokens and as many again
-            log_mass = torch.minimum(fitted.clamp_min(0.01), 2 * counts).log()
+            fitted = torch.minimum(fitted.clamp_min(0.01), 2 * counts)
+            log_mass = torch.where(squares > 0, fitted, counts).log()
 
         exact = Slots.of_survivors(states, stay)
         own = exact.log_mass if exact.log_mass is not None else torch.zeros_like(exact.positions, dtype=log_mass.dtype)

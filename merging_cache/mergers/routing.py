@@ -64,8 +64,8 @@ class Routing:
 
     def capped(self, most: float, num_slots: int) -> "Routing":
         """With the weights of what is folded into a slot scaled down where their sum is above `most`."""
-        totals = self.totals(num_slots).gather(2, self.target)
-        return replace(self, weight=self.weight * (most / totals.clamp_min(most)))
+        totals = self.totals(num_slots).gather(2, self.target).clamp_min(torch.finfo(torch.float32).tiny)
+        return replace(self, weight=self.weight * (most / totals).clamp_max(1.0))
 
     def slots(self, states: LayerStates, survivors: Survivors, keys: bool = False, mass: bool = False) -> Slots:
         """The survivors with the others folded into them.

@@ -7,7 +7,7 @@ import torch
 
 from ..stage import Spec, option
 from ..states import LayerStates, Slots, Survivors
-from .base import Merger, build_merger
+from .base import Merger
 from .drop import DropMerger
 from .reference import ReferenceMerger, full_output, output_error
 
@@ -36,9 +36,13 @@ class ValidatedMerger(ReferenceMerger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.mergers, str) or not self.mergers:
+        if isinstance(self.mergers, str) or not isinstance(self.mergers, Sequence) or not self.mergers:
             raise ValueError(f"mergers is {self.mergers!r}; give a list of mergers, one at least")
-        self.candidates = [build_merger(spec) for spec in self.mergers]
+        self.candidates = [self._wrap(spec) for spec in self.mergers]
+
+    @property
+    def wrapped(self) -> Sequence[Merger]:
+        return self.candidates
 
     @property
     def has_mass(self) -> bool:
@@ -46,7 +50,8 @@ class ValidatedMerger(ReferenceMerger):
 
     def merge_heads(self, states: LayerStates, survivors: Survivors) -> Slots:
         asked = torch.arange(states.reference.queries.shape[2], device=states.keys.device)
-        judges = asked % round(1 / self.held_out) == 0  # spread over all of them
+        before = (asked * self.held_out - 1e-6).ceil()  # how many of the queries before each one judge
+        judges = ((asked + 1) * self.held_out - 1e-6).ceil() > before  # spread over all of them, the first among them
         held_out = replace(states, reference=states.reference.pick(asked[judges]))
         dropped = DropMerger().merge(states, survivors)
         if judges.all():  # one query cannot both fit and judge
