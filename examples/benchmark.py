@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,28 +89,35 @@ def synchronize(device: torch.device) -> None:
 
 
 @torch.no_grad()
-def ragged_against_uniform(model: LlamaForCausalLM, ratio: float, spread: float, tokens: int) -> Row:
-    """Heads of different lengths (adakv) against heads of one length, with as many slots in all."""
+def compare(model: LlamaForCausalLM, what: str, one: dict[str, Any], other: dict[str, Any], tokens: int) -> Row:
+    """A cache of some options against one of others, which has as many slots in all."""
     ids = torch.randint(1000, (1, TOKENS), device=model.device, generator=torch.Generator(model.device).manual_seed(0))
-    caches = []
-    for budget in ({"name": "adakv", "safeguard": 0.2}, "uniform"):
-        options = {"budget": budget, "merger": "drop", "compression_ratio": ratio}
-        cache = MergingDynamicCache(model=model, scorer=spread_scores(spread), **options)
+    caches = [MergingDynamicCache(model=model, **options) for options in (one, other)]
+    for cache in caches:
         model(ids, past_key_values=cache, logits_to_keep=1)
-        caches.append(cache)
-    ragged, uniform = (torch.stack([layer.slots_per_head for layer in cache.layers]) for cache in caches)
-    assert ragged.sum() == uniform.sum()
+    mine, theirs = (torch.stack([layer.slots_per_head for layer in cache.layers]) for cache in caches)
+    assert mine.sum() == theirs.sum()
     nbytes = [cache.report().total.bytes_now for cache in caches]
     seconds = decoding_seconds(model, caches, tokens)
     for cache in caches:
         cache.release(model)
-    return Row(
-        f"adakv against uniform, scores spread {spread:g} times",
-        f"{int(ragged.sum()):,}",
-        (ragged.max() / ragged.float().mean()).item(),
-        nbytes[0] / nbytes[1],
-        seconds[1] / seconds[0],
-    )
+    longest = (mine.max() / mine.float().mean()).item()
+    return Row(what, f"{int(mine.sum()):,}", longest, nbytes[0] / nbytes[1], seconds[1] / seconds[0])
+
+
+def ragged_against_uniform(model: LlamaForCausalLM, ratio: float, spread: float, tokens: int) -> Row:
+    """Heads of different lengths (adakv) against heads of one length."""
+    options = {"scorer": spread_scores(spread), "merger": "drop", "compression_ratio": ratio}
+    adakv = {"name": "adakv", "safeguard": 0.2}
+    what = f"adakv against uniform, scores spread {spread:g} times"
+    return compare(model, what, options | {"budget": adakv}, options | {"budget": "uniform"}, tokens)
+
+
+def mass_against_none(model: LlamaForCausalLM, ratio: float, tokens: int) -> Row:
+    """Slots that draw the attention of all they stand for against slots that draw their own."""
+    options = {"scorer": spread_scores(1.0), "compression_ratio": ratio}
+    what = "slots with mass (auto) against slots without (drop)"
+    return compare(model, what, options | {"merger": "auto"}, options | {"merger": "drop"}, tokens)
 
 
 def main() -> None:
@@ -125,10 +133,11 @@ def main() -> None:
         f"{TOKENS:,} tokens, {LAYERS} layers of {KV_HEADS} KV and {QUERY_HEADS} query heads of {HEAD_DIM}, "
         f"{model.dtype}, {options.device}"
     )
-    table = [["heads of different lengths", "slots", "longest / mean head", "bytes", "tokens/s"]]
+    table = [["decoding", "slots", "longest / mean head", "bytes", "tokens/s"]]
     for ratio in (0.5, 0.75):
         for spread in (1.0, 2.0, 8.0):
             table.append(ragged_against_uniform(model, ratio, spread, options.tokens).cells())
+        table.append(mass_against_none(model, ratio, options.tokens).cells())
     print("\n".join(align(table, left=1)))
 
 

@@ -163,6 +163,10 @@ def test_the_benchmark_compares_as_many_slots(monkeypatch):
     assert row.slots == f"{2 * 8 * 100:,}"
     assert row.longest_head > 1.2
     assert 0.98 < row.nbytes < 1.05
+    row = benchmark.mass_against_none(benchmark.build_model("cpu"), ratio=0.5, tokens=1)
+    assert (row.slots, row.longest_head) == (f"{2 * 8 * 100:,}", 1.0)
+    # the mass, and the reference queries that are kept, which count at a length as small as this
+    assert 1.0 < row.nbytes < 1.2
 
 
 @torch.no_grad()
