@@ -79,8 +79,8 @@ class Fold:
         first_new = states.num_tokens - new
         parts = []
         for rows, tokens in states.rows_alike():
-            if len(tokens):
-                alone = states.select(rows, tokens)
+            alone = states.select(rows, tokens)
+            if len(tokens) and (alone.valid is None or alone.valid.any()):  # a row may be all padding so far
                 parts.append((rows, tokens, self._observe_rows(stage, alone, int((tokens >= first_new).sum()))))
         return _assemble_statistics(states, ((rows, slice(None), tokens, part) for rows, tokens, part in parts))
 

@@ -599,9 +599,9 @@ class MergingLayer(DynamicLayer):
 
     def _check_owner(self) -> None:
         """Refuse to fold a prompt by what can no longer be known of the module that it went through."""
-        stages = self._fold.stages.values()
-        if self._observed.owner.is_forgotten and any(
-            stage.uses_rotary or stage.needs_rotary or stage.needs_module for stage in stages
+        stages, owner = self._fold.stages.values(), self._observed.owner
+        if (owner.lost_module and any(stage.needs_module for stage in stages)) or (
+            owner.lost_rotary and any(stage.uses_rotary or stage.needs_rotary for stage in stages)
         ):
             raise ValueError(
                 f"layer {self.layer_idx} holds a prompt that waits for its fold, but the cache was pickled or released "

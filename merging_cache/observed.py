@@ -13,23 +13,32 @@ from .states import LayerStates, Slots, Statistics
 class Owner:
     """The attention module of a layer and its rotary embedding.
 
-    Copies of a cache share them, and they do not travel with a pickled one, which only knows that there were any.
+    Copies of a cache share them, and they do not travel with a pickled one, which only knows what it lost.
     """
 
-    def __init__(self, module: torch.nn.Module | None = None, rotary: Any = None, is_forgotten: bool = False) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module | None = None,
+        rotary: Any = None,
+        lost_module: bool = False,
+        lost_rotary: bool = False,
+    ) -> None:
         self.module = module
         self.rotary = rotary
-        self.is_forgotten = is_forgotten
+        self.lost_module = lost_module
+        self.lost_rotary = lost_rotary
 
     def forgotten(self) -> "Owner":
-        """One that only knows that there was another."""
-        return Owner(is_forgotten=self.is_forgotten or self.module is not None)
+        """One that only knows what there was."""
+        lost_module, lost_rotary = self.module is not None, self.rotary is not None
+        return Owner(lost_module=self.lost_module or lost_module, lost_rotary=self.lost_rotary or lost_rotary)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Owner, (None, None, self.forgotten().is_forgotten)
+        forgotten = self.forgotten()
+        return Owner, (None, None, forgotten.lost_module, forgotten.lost_rotary)
 
 
 @dataclass

@@ -341,8 +341,9 @@ class Slots:
     Args:
         keys, values: `[B, H, K, D]`, in the model's precision, owning their memory.
         positions: `[B, H, K]`, the position of each slot's survivor.
-        num_merged: `[B, H]`, evicted tokens folded into a survivor in this fold.
-        num_dropped: `[B, H]`, evicted tokens that were not.
+        num_merged: `[B, H]`, evicted tokens folded into a survivor in this fold, less those that were folded into a
+            slot before and are dropped with it now.
+        num_dropped: `[B, H]`, evicted tokens that were not folded, and those.
         log_mass: `[B, H, K]`, or `None` where no slot has mass beyond its own token.
         valid: `[B, H, K]` bool, True for the slots that exist where heads have different numbers of them, which are
             the last ones of each head; `None` where all do.
@@ -373,18 +374,15 @@ class Slots:
     def of_survivors(cls, states: LayerStates, survivors: Survivors) -> "Slots":
         """The survivors as they are, everything else counted as dropped: hard eviction."""
         indices = survivors.indices
-        counts = torch.zeros(indices.shape[:2], dtype=torch.long, device=indices.device)
-        dropped = counts + (states.num_tokens - indices.shape[2])
-        if states.log_mass is not None:  # a slot may stand for more than one
-            mass = states.log_mass.double().exp()
-            dropped = (mass.sum(dim=-1) - mass.gather(2, indices).sum(dim=-1)).round().long()
+        evicted = survivors.evicted(states.num_tokens)
+        num_merged, num_dropped = count_evicted(states, evicted, torch.zeros_like(evicted, dtype=torch.bool))
         return cls(
             keys=gather_tokens(states.keys, indices),
             values=gather_tokens(states.values, indices),
             positions=states.positions.gather(2, indices),
             log_mass=None if states.log_mass is None else states.log_mass.gather(2, indices),
-            num_merged=counts,
-            num_dropped=dropped,
+            num_merged=num_merged,
+            num_dropped=num_dropped,
         )
 
     @classmethod
@@ -425,6 +423,19 @@ class Slots:
 def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:
     """`[B, H, L, D]` and indices `[B, H, K]` to `[B, H, K, D]`, a new tensor."""
     return states.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
+
+
+def count_evicted(states: LayerStates, evicted: Tensor, is_merged: Tensor) -> tuple[Tensor, Tensor]:
+    """`Slots.num_merged` and `num_dropped` where of the tokens `evicted` `[B, H, E]` those of `is_merged` are folded.
+
+    Together they are E: a dropped slot takes along the tokens that it stood for (its mass), which were merged before.
+    """
+    num_merged = is_merged.sum(dim=-1)
+    along = torch.zeros_like(num_merged)
+    if states.log_mass is not None:
+        more = states.log_mass.gather(2, evicted).double().expm1().masked_fill(is_merged, 0.0)
+        along = more.sum(dim=-1).round().long().clamp_min(0)
+    return num_merged - along, evicted.shape[2] - num_merged + along
 
 
 def top_tokens(scores: Tensor, count: int) -> Tensor:

@@ -23,7 +23,7 @@ from merging_cache.mergers import (
     ValidatedMerger,
 )
 from merging_cache.mergers import reference as by_reference
-from merging_cache.mergers.queries import LastQueries, StratifiedQueries
+from merging_cache.mergers.queries import StratifiedQueries
 from merging_cache.states import ReferenceQueries, top_tokens
 from models import WINDOW, greedy, left_padded, llama, prompt
 
@@ -444,7 +444,7 @@ def test_residual_equals_loops(mass, clusters):
             torch.testing.assert_close(slots.keys[0, head, slot].double(), key, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(slots.values[0, head, slot].double(), value, rtol=1e-4, atol=1e-5)
             assert slots.log_mass[0, head, slot].item() == pytest.approx(log_mass, abs=1e-4)
-        assert (slots.num_merged[0, head], slots.num_dropped[0, head]) == (len(gone), 0)
+        assert (slots.num_merged[0, head], slots.num_dropped[0, head]) == (len(gone) - 3, 0)  # three slots go on
 
 
 @pytest.mark.parametrize("clusters", ["positions", "keys"])
@@ -545,6 +545,87 @@ def test_turns_after_long_answers_still_have_reference_queries(merger):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "merger",
+    [
+        {"name": "count", "similarity_threshold": 0.5},
+        {"name": "mass", "similarity_threshold": 0.5},
+        {"name": "mass", "least_explained": 0.9},
+        "auto",
+        "residual",
+        "cam",
+        "validated",
+        "drop",
+    ],
+)
+def test_slots_and_merged_and_dropped_are_all_tokens(merger):
+    """Also after many folds, in which slots with mass are dropped."""
+    model = llama()
+    cache = MergingDynamicCache(model=model, merger=merger, max_tokens=32, recent_tokens=6)
+    for piece in prompt(400).split(50, dim=1):
+        model(piece, past_key_values=cache)
+    for layer in cache.layers:
+        assert (layer.num_merged + layer.num_dropped + 32 == 400).all()
+        assert (layer.num_merged >= 0).all()
+        if isinstance(merger, dict) and merger["name"] == "count":
+            assert (layer.num_dropped > 0).any()
+            mass = layer.log_mass.double().exp().sum(-1)
+            torch.testing.assert_close(mass + layer.num_dropped, torch.full((1, 2), 400.0, dtype=torch.float64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [None, 10])
+def test_without_a_rotary_embedding_the_last_queries_are_kept(chunk):
+    model, ids = tiny_model("gpt2"), prompt(90)
+    source = {"name": "stratified", "count": 16}
+    cache = MergingDynamicCache(model=model, merger={"name": "mass", "queries": source}, fold_at="decode", **WINDOW)
+    for piece in ids.split(chunk or 90, dim=1):
+        model(piece, past_key_values=cache)
+    order = cache.layers[0]._observed.remembered["merger"].queries[1][0, 0, :, 1]
+    assert order[order > 0].tolist() == list(range(75, 91))
+    pickled = pickle.loads(pickle.dumps(cache))  # no rotary embedding is lost with it
+    with merging_attention(model):
+        expected = model(prompt(1), past_key_values=cache).logits
+        assert torch.equal(model(prompt(1), past_key_values=pickled).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("total", [100, 130, 200, 240])
+def test_without_a_rotary_embedding_some_queries_are_left_after_the_fold(total):
+    model = tiny_model("gpt2")
+    source = {"name": "stratified", "count": 16}
+    cache = MergingDynamicCache(model=model, merger={"name": "mass", "queries": source}, **WINDOW)
+    model(prompt(total), past_key_values=cache)
+    order = cache.layers[0]._observed.remembered["merger"].queries[1][0, 0, :, 1]
+    assert 2 <= (order > 0).sum() <= 4
+    assert order[order > 0].min() > total - 16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"scorer": "expected_attention", "merger": "count"},
+        {"scorer": "observed_attention"},
+        {"scorer": "qfilter", "budget": "adakv"},
+        {"scorer": "snapkv", "merger": "refit"},
+    ],
+)
+def test_rows_that_are_padding_for_several_chunks(options):
+    model = llama()
+    inputs = left_padded([90, 25])
+    options = {"model": model, "max_tokens": 12, **WINDOW} | options
+    together, alone = MergingDynamicCache(**options), MergingDynamicCache(**options)
+    mine = greedy(model, inputs, 3, past_key_values=together, prefill_chunk_size=15)
+    # the chunks that the row sees of its own: its first five tokens end one
+    first, rest = inputs["input_ids"][1:, 65:75], inputs["input_ids"][1:, 75:]
+    model(first, past_key_values=alone)
+    theirs = greedy(model, torch.cat([first, rest], dim=1), 3, past_key_values=alone)
+    torch.testing.assert_close(torch.stack(mine.logits)[:, 1:], torch.stack(theirs.logits), rtol=1e-3, atol=1e-2)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("chunk", [64, 100])
 def test_a_streamed_prompt_keeps_queries_from_all_over_it(chunk):
     model = llama(layers=1)
@@ -592,10 +673,8 @@ def test_without_a_rotary_embedding_the_last_queries_are_asked():
     cache = MergingDynamicCache(model=model, merger={"name": "mass", "queries": {"name": "stratified", "count": 5}})
     model(prompt(80), past_key_values=cache)
     assert cache.layers[0].log_mass is not None
-    states = some_states(9, asked=9)
-    asked = StratifiedQueries(count=4).reference(states)
-    assert torch.equal(asked.queries, LastQueries(4).reference(states).queries)
-    assert torch.equal(asked.queries, states.queries[:, :, -4:])
+    states = some_states(9, asked=9)  # nor where nothing was observed
+    assert torch.equal(StratifiedQueries(count=4).reference(states).queries, states.queries[:, :, -4:])
 
 
 def test_queries_see_what_is_not_later():
@@ -620,6 +699,22 @@ def test_queries_see_what_is_not_later():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         MassMerger(**options)
+
+
+def test_states_without_queries_are_refused():
+    states = replace(some_states(12), queries=None, query_positions=None)
+    with pytest.raises(ValueError, match="MassMerger weighs a fold by reference queries, but there are none"):
+        MassMerger().merge(states, keep(states, 6))
+
+
+def test_rows_with_too_few_queries_to_judge_drop():
+    states = some_states(30, asked=4)
+    positions = torch.tensor([[30, 31, 32, 33], [30, -1, -1, -1]])
+    states = replace(states, reference=ReferenceQueries(states.queries, positions))
+    survivors = keep(states, 9)
+    slots, dropped = (one.merge(states, survivors) for one in (ValidatedMerger(margin=0.0), DropMerger()))
+    assert torch.equal(slots.values[1], dropped.values[1])
+    assert not torch.equal(slots.values[0], dropped.values[0])
 
 
 def test_bad_options_of_wrapping_mergers():

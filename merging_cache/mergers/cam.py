@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..stage import option
-from ..states import LayerStates, Slots, Survivors
+from ..states import LayerStates, Slots, Survivors, count_evicted
 from .reference import ReferenceMerger, full_attention
 from .routing import Routing
 
@@ -54,10 +54,6 @@ class CAMMerger(ReferenceMerger):
         number = before[..., :-1].unsqueeze(-1).expand(-1, -1, -1, running.shape[-1])
         added = running.gather(2, number) * takes.unsqueeze(-1)
         slots = Slots.of_survivors(states, survivors)
-        merged = (weight > 0).sum(dim=-1)
-        return replace(
-            slots,
-            values=(slots.values.float() + added).to(slots.values.dtype),
-            num_merged=merged,
-            num_dropped=slots.num_dropped - merged,
-        )
+        num_merged, num_dropped = count_evicted(states, evicted, weight > 0)
+        values = (slots.values.float() + added).to(slots.values.dtype)
+        return replace(slots, values=values, num_merged=num_merged, num_dropped=num_dropped)

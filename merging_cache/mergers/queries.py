@@ -18,7 +18,7 @@ class QuerySource(Stage, ABC):
 
     @abstractmethod
     def reference(self, states: LayerStates) -> ReferenceQueries:
-        """`n` queries of each query head, or fewer where fewer were observed.
+        """The queries, at least one if any was observed.
 
         Rows may have different numbers of them: a position of -1 says that there is none, which then sees nothing.
         """
@@ -46,13 +46,13 @@ class LastQueries(QuerySource):
 class StratifiedQueries(QuerySource):
     """Queries from all over the prompt, turned to the next positions (GRKV, arXiv:2605.31105).
 
-    One out of so many of the queries observed as leaves `count` to `2 * count` of them, or all where they were fewer.
-    Their rotary embedding is taken off, and they are put at the positions after the last token, so that they see all of
-    it. Where the rotary embedding cannot be made out, the last `count` queries are taken as they are.
+    Every d-th of the queries observed, d being the smallest power of two that leaves at most `2 * count` of them. Their
+    rotary embedding is taken off, and they are put at the positions after the last token, so that they see all of it.
+    Where the rotary embedding cannot be made out, the last `count` queries are taken as they are.
 
-    Memory: `2 * count` queries of every query head until the fold. After it only `count / 8` to `count / 4` of them are
-    kept for the next one, still from all over the prompt, to which the queries observed since are added; so a prompt
-    that is folded in many chunks is judged by its last chunk most.
+    Memory: `2 * count` queries of every query head until the fold. After it `count / 8` to `count / 4` of them are kept
+    for the next one, to which the queries observed since are added; so a prompt that is folded in many chunks is judged
+    by its last chunk most.
 
     Args:
         count: the least number of queries, once as many were observed.
@@ -65,14 +65,16 @@ class StratifiedQueries(QuerySource):
 
     def observe(self, states: LayerStates, new: int) -> Statistics:
         observed = _Observed.after(states, new)
-        chosen = observed.order > observed.total.unsqueeze(1) - self.count
-        if states.rotary is not None:
-            chosen = observed.evenly(2 * self.count)
+        chosen = observed.last(self.count) if states.rotary is None else observed.evenly(2 * self.count)
         return observed.pick(chosen, 2 * self.count).statistics()
 
     def settle(self, statistics: Statistics, folded: Tensor) -> Statistics:
         observed = _Observed.of(statistics)
-        chosen = observed.evenly(max(1, self.count // 4)) | (~folded.unsqueeze(1) & (observed.order > 0))
+        room, known = max(1, self.count // 4), observed.order > 0
+        fewer = observed.evenly(room)
+        least = known.sum(dim=1).clamp_max(max(1, room // 2))
+        fewer = torch.where((fewer.sum(dim=1) >= least).unsqueeze(1), fewer, observed.last(room))
+        chosen = torch.where(folded.unsqueeze(1), fewer, known)
         return observed.pick(chosen, int(chosen.sum(dim=1).max())).statistics()
 
     def reference(self, states: LayerStates) -> ReferenceQueries:
@@ -135,10 +137,14 @@ class _Observed:
             before.total + total,
         )
 
-    def evenly(self, room: int) -> Tensor:
-        """`[B, n]` bool, every so manieth of all that were observed, so that `room / 2` to `room` are chosen.
+    def last(self, count: int) -> Tensor:
+        """`[B, n]` bool, those that are among the last `count` that were observed."""
+        return (self.order > 0) & (self.order > self.total.unsqueeze(1) - count)
 
-        The distances are powers of two, so that what a larger one chooses was chosen by all smaller ones before it.
+    def evenly(self, room: int) -> Tensor:
+        """`[B, n]` bool, those that are among every d-th observed, d the smallest power of two that leaves `room`.
+
+        What a larger d chooses was chosen by all smaller ones before it, so nothing thrown away is missed.
         """
         powers = 2 ** torch.arange(31, dtype=torch.int32, device=self.total.device)
         fits = self.total.unsqueeze(1) // powers <= room

@@ -79,6 +79,11 @@ class ReferenceMerger(Merger):
     def merge(self, states: LayerStates, survivors: Survivors) -> Slots:
         if survivors.indices.shape[2] == states.num_tokens:
             return Slots.of_survivors(states, survivors)
+        if states.reference is None and states.queries is None and states.statistics is None:
+            raise ValueError(
+                f"{self.stage_name} weighs a fold by reference queries, but there are none; give the states `queries` "
+                "and `query_positions`, or the cache the model"
+            )
         if states.reference is None:
             states = replace(states, reference=self.source.reference(states))
         if states.reference.queries.shape[2] == 0:  # nothing to weigh a fold by
@@ -95,7 +100,10 @@ class ReferenceMerger(Merger):
 
 
 def full_logits(states: LayerStates) -> Tensor:
-    """`[B, H, R, L]` in fp32, the logits of the R reference queries of each head's group over all tokens they see."""
+    """`[B, H, R, L]` in fp32, the logits of the R reference queries of each head's group over all tokens they see.
+
+    Soft caps and learned sinks of the model's attention are left out.
+    """
     return attention_logits(states.reference, states.keys, states.positions, states.logit_scale, states.log_mass)
 
 

@@ -91,7 +91,7 @@ class ResidualMerger(ReferenceMerger):
             keys=gather_tokens(torch.cat([exact.keys, keys.to(exact.keys.dtype)], dim=2), order),
             values=gather_tokens(torch.cat([exact.values, values.to(exact.values.dtype)], dim=2), order),
             positions=states.positions.gather(2, tokens),
-            num_merged=exact.num_merged + evicted.shape[2],
+            num_merged=torch.zeros_like(exact.num_merged) + (evicted.shape[2] - count),
             num_dropped=torch.zeros_like(exact.num_dropped),
             log_mass=torch.cat([own, log_mass], dim=2).gather(2, order),
             tokens=tokens,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..states import TILE, LayerStates, Slots, Survivors, gather_tokens
+from ..states import TILE, LayerStates, Slots, Survivors, count_evicted, gather_tokens
 
 
 @dataclass(frozen=True)
@@ -74,22 +74,21 @@ class Routing:
             states, survivors: what the routing was made of.
             keys: whether to fold keys, too.
             mass: whether a slot draws as much more attention as was folded into it: `log(1 + sum_i w_i)` is added to
-                its log-mass, and tokens are counted as dropped with the mass they had.
+                its log-mass.
         """
         slots = Slots.of_survivors(states, survivors)
-        lost = torch.ones_like(self.weight)
+        num_merged, num_dropped = count_evicted(states, self.evicted, self.weight > 0)
         log_mass = slots.log_mass
         if mass:
             added = self.totals(survivors.indices.shape[2]).log1p()
             log_mass = added if log_mass is None else log_mass + added
-            lost = masses(states).gather(2, self.evicted)
         return replace(
             slots,
             keys=self.fold(states.keys, survivors) if keys else slots.keys,
             values=self.fold(states.values, survivors),
             log_mass=log_mass,
-            num_merged=self.num_merged,
-            num_dropped=(lost * (self.weight <= 0)).double().sum(dim=-1).round().long(),
+            num_merged=num_merged,
+            num_dropped=num_dropped,
         )
 
     def totals(self, num_slots: int) -> Tensor:

@@ -61,7 +61,10 @@ class ValidatedMerger(ReferenceMerger):
         wanted = full_output(held_out)
         errors = torch.stack([output_error(slots, held_out, wanted) for slots in results])  # [1 + mergers, B, H]
         best = errors[1:].min(dim=0)
-        chosen = torch.where(best.values < (1 - self.margin) * errors[0], best.indices + 1, 0)
+        known = states.reference.positions >= 0  # rows may have fewer queries than others
+        can_judge = known[:, judges].any(dim=1) & known[:, ~judges].any(dim=1)
+        wins = (best.values < (1 - self.margin) * errors[0]) & can_judge.unsqueeze(1)
+        chosen = torch.where(wins, best.indices + 1, 0)
         return _pick(results, chosen, survivors)
 
 
