@@ -12,8 +12,8 @@ from .similarity import SimilarityMerger
 class AutoMerger(Merger):
     """`mass` with a `lookup_share` of 0.002 where the cache has the model, `similarity` where it has the config only.
 
-    Measured by `examples/compare_mergers.py`: the first gains most over dropping and nowhere loses to it; without the
-    model there are no queries to see, and no mass can be added. `cache.report()` says which of them runs.
+    Chosen by what `examples/compare_mergers.py` measured. Without the model, or where it cannot be linked, there are no
+    queries to see and no mass can be added. `cache.report()` says which of them runs.
     """
 
     def resolve(self, linked: bool) -> Merger:
