@@ -465,7 +465,7 @@ def draw(
         panel.set_title(title if source == "needle" else f"{source} tokens: error against dropping's", fontsize=10)
     figure.suptitle("bold: the 95% interval of the difference leaves out 0", fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.985))
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=75)
 
 
 def quietly() -> None:
