@@ -31,11 +31,6 @@ class Routing:
     similarity: Tensor
     weight: Tensor
 
-    @property
-    def num_merged(self) -> Tensor:
-        """`[B, H]`, tokens folded with a weight above 0."""
-        return (self.weight > 0).sum(dim=-1)
-
     def at_most_fraction(self, fraction: float) -> "Routing":
         """Only the most similar `fraction` of the tokens that have a weight (rounded up) keep it."""
         eligible = self.weight > 0
