@@ -127,7 +127,8 @@ def batches(setting: Setting) -> list[tuple[Tensor, dict[str, Asked], list[tuple
             asked[kind] = Asked(*(torch.tensor(part.input_ids) for part in encoded), questions)
         full = DynamicCache(config=model.config)
         model(ids, past_key_values=full, logits_to_keep=1)
-        made.append((ids, asked, [read_answers(model, full, one) for one in asked.values()]))
+        answers = [read_answers(model, repeated(full, len(one.ids) // len(ids)), one) for one in asked.values()]
+        made.append((ids, asked, answers))
     return made
 
 
@@ -142,14 +143,9 @@ def repeated(cache: Cache, times: int) -> Cache:
 def read_answers(model: PreTrainedModel, cache: Cache, asked: Asked) -> tuple[Tensor, Tensor]:
     """The log-probabilities `[B * n, a, V]` of the words of the answers, and all attention outputs."""
     with attention_outputs(model) as outputs:
-        own = repeated(cache, len(asked.ids) // rows_of(cache))
-        logits = model(torch.cat([asked.ids, asked.answer_ids], dim=1), past_key_values=own).logits
+        logits = model(torch.cat([asked.ids, asked.answer_ids], dim=1), past_key_values=cache).logits
     first = asked.ids.shape[1] - 1
     return logits[:, first:-1].log_softmax(dim=-1), torch.stack(outputs, dim=1)[:, :, first:-1]
-
-
-def rows_of(cache: Cache) -> int:
-    return cache.layers[0].keys.shape[0]
 
 
 @contextmanager
@@ -183,7 +179,7 @@ def measure_needle(setting: Setting, make_cache: Callable[[PreTrainedModel], Cac
         of_kinds: dict[str, list[Tensor]] = {name: [] for name in ("accuracy", "KL", "error")}
         for asked, (full_log_probabilities, full_outputs) in zip(asked_of_kinds.values(), full, strict=True):
             times = len(asked.ids) // len(ids)
-            log_probabilities, outputs = read_answers(model, cache, asked)
+            log_probabilities, outputs = read_answers(model, repeated(cache, times), asked)
             divergence = (full_log_probabilities.exp() * (full_log_probabilities - log_probabilities)).sum(dim=-1)
             prompt = torch.cat([ids.repeat_interleave(times, dim=0), asked.ids], dim=1)
             generated = model.generate(
@@ -353,13 +349,17 @@ class Results:
         return torch.tensor(cells, dtype=torch.float64)
 
 
-def interval(differences: Tensor) -> tuple[Tensor, Tensor]:
-    """The 95% bootstrap interval of the mean over the last dimension, contexts drawn with replacement."""
-    count = differences.shape[-1]
+@cache
+def resampled(count: int) -> Tensor:
+    """`[RESAMPLED, count]`, each row the weights of as many contexts drawn with replacement in their mean."""
     drawn = torch.randint(count, (RESAMPLED, count), generator=torch.Generator().manual_seed(0))
-    weights = torch.zeros((RESAMPLED, count), dtype=differences.dtype).scatter_add_(
-        1, drawn, torch.full(drawn.shape, 1 / count, dtype=differences.dtype)
-    )
+    weights = torch.zeros(drawn.shape, dtype=torch.float64)
+    return weights.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / count, dtype=weights.dtype))
+
+
+def interval(differences: Tensor) -> tuple[Tensor, Tensor]:
+    """The 95% bootstrap interval of the mean over the last dimension."""
+    weights = resampled(differences.shape[-1])
     low, high = torch.quantile(differences @ weights.mT, torch.tensor([0.025, 0.975], dtype=weights.dtype), dim=-1)
     return low, high
 
@@ -436,33 +436,29 @@ def draw(
         len(sources), 1, figsize=(2.5 + 0.62 * len(columns), 1.2 + len(sources) * (1.1 + 0.33 * len(mergers)))
     )
     for panel, source in zip([panels] if len(sources) == 1 else panels, sources, strict=True):
-        metric = "accuracy" if source == "needle" else "error"
-        shown, sure = [], []
+        answers = source == "needle"
+        title = (
+            "needle model: accuracy gained over dropping" if answers else f"{source} tokens: error against dropping's"
+        )
+        colours, limit, shown_as = ("RdBu", 0.2, "+.2f") if answers else ("RdBu_r", 1.0, "+.0%")
+        dropped = results.of(source, "drop", "accuracy" if answers else "error", scorers, ratios)
+        rows = []
         for merger in mergers:
-            given, dropped = (results.of(source, one, metric, scorers, ratios) for one in (merger, "drop"))
-            low, high = interval(given - dropped)
-            difference = given - dropped if source == "needle" else (given - dropped).mean(-1) / dropped.mean(-1)
-            shown.append((difference.mean(-1) if source == "needle" else difference).T.flatten())
-            sure.append(((low > 0) | (high < 0)).T.flatten())
-        table, significant = torch.stack(shown), torch.stack(sure)
-        limit = 0.2 if source == "needle" else 1.0
-        panel.imshow(table, cmap="RdBu" if source == "needle" else "RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-        for row, column in itertools.product(range(table.shape[0]), range(table.shape[1])):
+            difference = results.of(source, merger, "accuracy" if answers else "error", scorers, ratios) - dropped
+            low, high = interval(difference)
+            shown = difference.mean(-1) if answers else difference.mean(-1) / dropped.mean(-1)
+            rows.append((shown.T.flatten(), ((low > 0) | (high < 0)).T.flatten()))
+        table, is_sure = (torch.stack(part) for part in zip(*rows, strict=True))
+        panel.imshow(table, cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
+        for row, column in itertools.product(range(len(mergers)), range(len(columns))):
             value = table[row, column].item()
-            panel.text(
-                column,
-                row,
-                f"{value:+.2f}" if source == "needle" else f"{value:+.0%}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                fontweight="bold" if significant[row, column] else "normal",
-                color="white" if abs(value) > 0.7 * limit else "black",
-            )
+            weight = "bold" if is_sure[row, column] else "normal"
+            colour = "white" if abs(value) > 0.7 * limit else "black"
+            style = {"ha": "center", "va": "center", "fontsize": 7, "fontweight": weight, "color": colour}
+            panel.text(column, row, format(value, shown_as), **style)
         panel.set_yticks(range(len(mergers)), [short_name(merger) for merger in mergers], fontsize=8)
         panel.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=8)
-        title = "needle model: accuracy gained over dropping"
-        panel.set_title(title if source == "needle" else f"{source} tokens: error against dropping's", fontsize=10)
+        panel.set_title(title, fontsize=10)
     figure.suptitle("bold: the 95% interval of the difference leaves out 0", fontsize=9)
     figure.tight_layout(rect=(0, 0, 1, 0.985))
     figure.savefig(path, dpi=75)

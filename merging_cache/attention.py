@@ -241,6 +241,11 @@ def _take_hidden_states(module: torch.nn.Module) -> Tensor | None:
     return kept[1] if kept is not None and kept[0] is module else None
 
 
+def forget_hidden_states() -> None:
+    """Let go of what `keep_hidden_states` kept in this thread."""
+    _thread.hidden_states = None
+
+
 @contextmanager
 def probing() -> Iterator[list[Tensor]]:
     """Collect the queries that linked attention is given in this thread."""
@@ -249,8 +254,3 @@ def probing() -> Iterator[list[Tensor]]:
         yield _thread.probe
     finally:
         _thread.probe = None
-
-
-def forget_hidden_states() -> None:
-    """Let go of what `keep_hidden_states` kept in this thread."""
-    _thread.hidden_states = None

@@ -374,8 +374,11 @@ class Slots:
     def of_survivors(cls, states: LayerStates, survivors: Survivors) -> "Slots":
         """The survivors as they are, everything else counted as dropped: hard eviction."""
         indices = survivors.indices
-        evicted = survivors.evicted(states.num_tokens)
-        num_merged, num_dropped = count_evicted(states, evicted, torch.zeros_like(evicted, dtype=torch.bool))
+        num_merged = torch.zeros(indices.shape[:2], dtype=torch.long, device=indices.device)
+        num_dropped = num_merged + (states.num_tokens - indices.shape[2])
+        if states.log_mass is not None:
+            evicted = survivors.evicted(states.num_tokens)
+            num_merged, num_dropped = count_evicted(states, evicted, torch.zeros_like(evicted, dtype=torch.bool))
         return cls(
             keys=gather_tokens(states.keys, indices),
             values=gather_tokens(states.values, indices),

@@ -68,9 +68,10 @@ class MassMerger(ReferenceMerger):
         index = survivors.indices.gather(2, routing.target)
         ratio = torch.zeros_like(routing.weight)
         tiny = torch.finfo(ratio.dtype).tiny
-        # attention sums to 1 for every query that there is
-        looked_up = self.lookup_share / length * attention.sum(dim=(2, 3)).unsqueeze(-1)  # [B, H, 1]
-        variance = values.float().var(dim=2, correction=0).sum(dim=-1, keepdim=True).clamp_min(tiny)  # [B, H, 1]
+        if self.lookup_share:
+            # attention sums to 1 for every query that there is
+            looked_up = self.lookup_share / length * attention.sum(dim=(2, 3)).unsqueeze(-1)  # [B, H, 1]
+            variance = values.float().var(dim=2, correction=0).sum(dim=-1, keepdim=True).clamp_min(tiny)  # [B, H, 1]
         step = max(1, TILE // (batch * heads * max(asked, values.shape[3])))
         for first in range(0, ratio.shape[2], step):
             mine, theirs = (one[:, :, first : first + step] for one in (routing.evicted, index))

@@ -64,12 +64,12 @@ class StratifiedQueries(QuerySource):
     count: int = option(64, minimum=1)
 
     def observe(self, states: LayerStates, new: int) -> Statistics:
-        observed = _Observed.after(states, new)
+        observed = _KeptQueries.after(states, new)
         chosen = observed.last(self.count) if states.rotary is None else observed.evenly(2 * self.count)
         return observed.pick(chosen, 2 * self.count).statistics()
 
     def settle(self, statistics: Statistics, folded: Tensor) -> Statistics:
-        observed = _Observed.of(statistics)
+        observed = _KeptQueries.of(statistics)
         room, known = max(1, self.count // 4), observed.order > 0
         fewer = observed.evenly(room)
         least = known.sum(dim=1).clamp_max(max(1, room // 2))
@@ -80,7 +80,7 @@ class StratifiedQueries(QuerySource):
     def reference(self, states: LayerStates) -> ReferenceQueries:
         if states.statistics is None:
             return LastQueries(self.count).reference(states)
-        observed = _Observed.of(states.statistics)
+        observed = _KeptQueries.of(states.statistics)
         known = observed.order > 0
         observed = observed.pick(known, int(known.sum(dim=1).max()))
         queries, positions = observed.queries, observed.positions.long()
@@ -93,7 +93,7 @@ class StratifiedQueries(QuerySource):
 
 
 @dataclass(frozen=True)
-class _Observed:
+class _KeptQueries:
     """Some of the queries that were observed so far.
 
     Args:
@@ -109,7 +109,7 @@ class _Observed:
     total: Tensor
 
     @classmethod
-    def of(cls, statistics: Statistics) -> "_Observed":
+    def of(cls, statistics: Statistics) -> "_KeptQueries":
         """What `statistics` made of it: there everything is said for every query head."""
         queries, where, total = statistics.queries
         return cls(queries, where[:, 0, :, 0], where[:, 0, :, 1], total[:, 0, 0])
@@ -120,7 +120,7 @@ class _Observed:
         return Statistics(queries=(self.queries, where.contiguous(), self.total.view(-1, 1, 1).expand(-1, heads, 1)))
 
     @classmethod
-    def after(cls, states: LayerStates, new: int) -> "_Observed":
+    def after(cls, states: LayerStates, new: int) -> "_KeptQueries":
         """What was kept before a pass, and all queries of the pass."""
         batch, _, last, _ = states.queries.shape
         queries = states.queries[:, :, last - new :]
@@ -151,7 +151,7 @@ class _Observed:
         distance = powers[fits.int().argmax(dim=1)].unsqueeze(1)  # the first that fits
         return (self.order > 0) & (self.order % distance == 0)
 
-    def pick(self, chosen: Tensor, room: int) -> "_Observed":
+    def pick(self, chosen: Tensor, room: int) -> "_KeptQueries":
         """Those where `chosen` `[B, n]`, in `room` places of which the last may stay empty."""
         index = (~chosen).to(torch.uint8).sort(dim=1, stable=True).indices[:, :room]
         known = chosen.gather(1, index)
@@ -159,7 +159,9 @@ class _Observed:
         queries = gather_tokens(self.queries, index.unsqueeze(1).expand(-1, self.queries.shape[1], -1))
         queries = queries.masked_fill(~known[:, None, :, None], 0.0)
         positions, order = (one.gather(1, index).masked_fill(~known, 0) for one in (self.positions, self.order))
-        return _Observed(pad(queries, (0, 0, 0, empty)), pad(positions, (0, empty)), pad(order, (0, empty)), self.total)
+        return _KeptQueries(
+            pad(queries, (0, 0, 0, empty)), pad(positions, (0, empty)), pad(order, (0, empty)), self.total
+        )
 
 
 QUERY_SOURCES: dict[str, type[QuerySource]] = {"last": LastQueries, "stratified": StratifiedQueries}

@@ -73,14 +73,14 @@ class Routing:
         """
         slots = Slots.of_survivors(states, survivors)
         num_merged, num_dropped = count_evicted(states, self.evicted, self.weight > 0)
+        values, added = self.fold(states.values, survivors)
         log_mass = slots.log_mass
         if mass:
-            added = self.totals(survivors.indices.shape[2]).log1p()
-            log_mass = added if log_mass is None else log_mass + added
+            log_mass = added.log1p() if log_mass is None else log_mass + added.log1p()
         return replace(
             slots,
-            keys=self.fold(states.keys, survivors) if keys else slots.keys,
-            values=self.fold(states.values, survivors),
+            keys=self.fold(states.keys, survivors)[0] if keys else slots.keys,
+            values=values,
             log_mass=log_mass,
             num_merged=num_merged,
             num_dropped=num_dropped,
@@ -91,19 +91,21 @@ class Routing:
         every = torch.arange(self.weight.shape[2], device=self.weight.device).expand_as(self.target)
         return replace(self, evicted=every).sums(torch.ones_like(self.weight).unsqueeze(-1), num_slots).squeeze(-1)
 
-    def fold(self, states: Tensor, survivors: Survivors) -> Tensor:
+    def fold(self, states: Tensor, survivors: Survivors) -> tuple[Tensor, Tensor]:
         """The weighted mean `(s_j + sum_i w_i s_i) / (1 + sum_i w_i)` of every survivor and what is folded into it.
 
-        `states` are `[B, H, L, D]`, the result is `[B, H, K, D]` in their dtype, summed in fp32. Survivors into which
-        nothing is folded keep their exact bits.
+        `states` are `[B, H, L, D]`, the means are `[B, H, K, D]` in their dtype, summed in fp32. Survivors into which
+        nothing is folded keep their exact bits. Also returned are the sums of the weights, `[B, H, K]`.
         """
         own = gather_tokens(states, survivors.indices)
         batch, heads, kept, dim = own.shape
         folded = own.view(batch * heads * kept, dim)
+        added = torch.zeros((batch * heads * kept, 1), device=states.device)
         for first, touched, total, mass in self._segments(states, kept):
             mean = (folded[first + touched].float() + total) / (1.0 + mass)
             folded[first + touched] = mean.to(states.dtype)
-        return own
+            added[first + touched] = mass
+        return own, added.view(batch, heads, kept)
 
     def sums(self, states: Tensor, num_slots: int) -> Tensor:
         """`[B, H, K, D]` in fp32, the weighted sums of what is folded into each survivor, itself left out."""
