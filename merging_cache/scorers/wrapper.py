@@ -54,5 +54,8 @@ class WrappingScorer(Scorer):
     def observe(self, states: LayerStates, new: int) -> Statistics | None:
         return self.inner.observe(states, new)
 
+    def settle(self, statistics: Statistics, folded: Tensor) -> Statistics:
+        return self.inner.settle(statistics, folded)
+
     def score(self, states: LayerStates) -> Tensor:
         return self.inner.score(states)
