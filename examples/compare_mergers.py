@@ -48,6 +48,10 @@ from transformers import (
 from transformers.utils import logging
 
 from merging_cache import MERGERS, SCORERS, MergingConfig, MergingDynamicCache
+from merging_cache.evaluation.metrics import bootstrap_interval
+from merging_cache.evaluation.plots import heat_map
+from merging_cache.evaluation.results import Results
+from merging_cache.picture import new_figure
 from needle_tasks import Context, Question, make_context, score
 from quickstart import KINDS, pick_questions
 
@@ -58,7 +62,6 @@ REFITTED = '{"name": "refit", "merger": "auto"}'
 SYNTHETIC = ("clustered", "repeated", "isotropic", "rotary")
 LATER = 16  # synthetic tokens that come after the context
 BATCH = 25
-RESAMPLED = 5000
 Measured = dict[str, list[float]]  # by metric, a number for each context
 
 
@@ -314,79 +317,45 @@ def short_name(merger: str) -> str:
     return f"{spec['name']} ({options})".replace('"', "")
 
 
-class Results:
-    """What was measured of which cell, in memory and in a file of JSON lines, of which the first is the setting.
+@dataclass(frozen=True)
+class Table:
+    """What was measured of scorers (rows) at ratios, by the other fields of a `Cell`."""
 
-    Raises:
-        ValueError: if the file was measured in another setting, or is none of ours.
-    """
+    results: Results
+    scorers: list[str]
+    mergers: list[str]
+    ratios: list[float]
 
-    def __init__(self, path: Path | None, setting: Setting) -> None:
-        self.path = path
-        self.cells: dict[Cell, Measured] = {}
-        first = {"setting": dataclasses.asdict(setting)}
-        if path is not None and path.exists():
-            text = path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]  # the last line is not, where it was interrupted
-            lines = [json.loads(line) for line in whole.splitlines()] or [first]
-            if lines[0] != first:
-                raise ValueError(f"{path} was measured with {lines[0]}, not with {first}; choose another --output")
-            self.cells = {Cell(*line["cell"]): line["measured"] for line in lines[1:]}
-            if whole != text:
-                path.write_text(whole, encoding="utf-8")
-        if path is not None and not self.cells:
-            path.write_text(json.dumps(first) + "\n", encoding="utf-8")
-
-    def add(self, cell: Cell, measured: Measured) -> None:
-        self.cells[cell] = measured
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"cell": dataclasses.astuple(cell), "measured": measured}) + "\n")
-
-    def of(self, source: str, merger: str, metric: str, scorers: list[str], ratios: list[float]) -> Tensor:
+    def of(self, source: str, merger: str, metric: str) -> Tensor:
         """`[ratios, scorers, contexts]`."""
-        cells = [[self.cells[Cell(source, scorer, ratio, merger)][metric] for scorer in scorers] for ratio in ratios]
-        return torch.tensor(cells, dtype=torch.float64)
-
-
-@cache
-def resampled(count: int) -> Tensor:
-    """`[RESAMPLED, count]`, each row the weights of as many contexts drawn with replacement in their mean."""
-    drawn = torch.randint(count, (RESAMPLED, count), generator=torch.Generator().manual_seed(0))
-    weights = torch.zeros(drawn.shape, dtype=torch.float64)
-    return weights.scatter_add_(1, drawn, torch.full(drawn.shape, 1 / count, dtype=weights.dtype))
-
-
-def interval(differences: Tensor) -> tuple[Tensor, Tensor]:
-    """The 95% bootstrap interval of the mean over the last dimension."""
-    weights = resampled(differences.shape[-1])
-    low, high = torch.quantile(differences @ weights.mT, torch.tensor([0.025, 0.975], dtype=weights.dtype), dim=-1)
-    return low, high
+        cells = [[Cell(source, scorer, ratio, merger) for scorer in self.scorers] for ratio in self.ratios]
+        measured = [[self.results[dataclasses.asdict(cell)][metric] for cell in row] for row in cells]
+        return torch.tensor(measured, dtype=torch.float64)
 
 
 def with_interval(differences: Tensor, digits: int) -> str:
     """The mean of all and its interval, as text."""
-    low, high = interval(differences.flatten(0, -2).mean(dim=0))
+    low, high = bootstrap_interval(differences.flatten(0, -2).mean(dim=0))
     return f"{differences.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-def needle_table(results: Results, scorers: list[str], mergers: list[str], ratios: list[float]) -> Iterator[str]:
+def needle_table(table: Table) -> Iterator[str]:
     """A row for each merger, the one that gains most first."""
 
     def of(merger: str, metric: str) -> Tensor:
-        return results.of("needle", merger, metric, scorers, ratios)
+        return table.of("needle", merger, metric)
 
     yield (
         "| merger | "
-        + " | ".join(f"{ratio:.0%}" for ratio in ratios)
+        + " | ".join(f"{ratio:.0%}" for ratio in table.ratios)
         + " | gain over drop | cells better, worse | worst cell | KL, against drop's | error, against drop's |"
     )
-    yield "|---" * (len(ratios) + 6) + "|"
+    yield "|---" * (len(table.ratios) + 6) + "|"
     dropped = {metric: of("drop", metric) for metric in ("accuracy", "KL", "error")}
-    for merger in sorted(mergers, key=lambda merger: -of(merger, "accuracy").mean()):
+    for merger in sorted(table.mergers, key=lambda merger: -of(merger, "accuracy").mean()):
         accuracy = of(merger, "accuracy")
         gain = accuracy - dropped["accuracy"]
-        low, high = interval(gain)
+        low, high = bootstrap_interval(gain)
         cells = [short_name(merger), *(f"{mean:.3f}" for mean in accuracy.mean(dim=(1, 2)))]
         if merger == "drop":
             cells += ["", "", "", f"{of(merger, 'KL').mean():.2f}", f"{of(merger, 'error').mean():.3f}"]
@@ -401,18 +370,16 @@ def needle_table(results: Results, scorers: list[str], mergers: list[str], ratio
         yield "| " + " | ".join(cells) + " |"
 
 
-def synthetic_table(
-    results: Results, sources: list[str], scorers: list[str], mergers: list[str], ratios: list[float]
-) -> Iterator[str]:
+def synthetic_table(table: Table, sources: list[str]) -> Iterator[str]:
     """A row for each merger: how much of dropping's error it leaves, and in how many cells it is better or worse."""
     yield "| merger | " + " | ".join(f"{source} | cells better, worse" for source in sources) + " |"
     yield "|---" * (2 * len(sources) + 1) + "|"
     rows = {}
-    for merger in mergers:
+    for merger in table.mergers:
         row, total = [], 0.0
         for source in sources:
-            errors, dropped = (results.of(source, one, "error", scorers, ratios) for one in (merger, "drop"))
-            low, high = interval(errors - dropped)
+            errors, dropped = (table.of(source, one, "error") for one in (merger, "drop"))
+            low, high = bootstrap_interval(errors - dropped)
             left = (errors.mean() / dropped.mean()).item()
             row += [f"{left:.2f}", f"{int((high < 0).sum())}, {int((low > 0).sum())} of {low.numel()}"]
             total += left
@@ -421,46 +388,30 @@ def synthetic_table(
         yield f"| {name} | " + " | ".join(row) + " |"
 
 
-def draw(
-    results: Results, path: Path, sources: list[str], scorers: list[str], mergers: list[str], ratios: list[float]
-) -> None:
+def draw(table: Table, path: Path, sources: list[str]) -> None:
     """A picture of every cell: the gain in accuracy on the needle model, the share of dropping's error elsewhere."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    mergers = [merger for merger in mergers if merger != "drop"]
-    columns = [f"{scorer} {ratio:.0%}" for scorer in scorers for ratio in ratios]
-    figure, panels = pyplot.subplots(
-        len(sources), 1, figsize=(2.5 + 0.62 * len(columns), 1.2 + len(sources) * (1.1 + 0.33 * len(mergers)))
-    )
-    for panel, source in zip([panels] if len(sources) == 1 else panels, sources, strict=True):
+    mergers = [merger for merger in table.mergers if merger != "drop"]
+    columns = [f"{scorer} {ratio:.0%}" for scorer in table.scorers for ratio in table.ratios]
+    width, height = 2.5 + 0.62 * len(columns), 1.2 + len(sources) * (1.1 + 0.33 * len(mergers))
+    figure, panels = new_figure(width, height, len(sources))
+    for panel, source in zip(panels, sources, strict=True):
         answers = source == "needle"
         title = (
             "needle model: accuracy gained over dropping" if answers else f"{source} tokens: error against dropping's"
         )
-        colours, limit, shown_as = ("RdBu", 0.2, "+.2f") if answers else ("RdBu_r", 1.0, "+.0%")
-        dropped = results.of(source, "drop", "accuracy" if answers else "error", scorers, ratios)
+        metric = "accuracy" if answers else "error"
+        style = {"limit": 0.2} if answers else {"limit": 1.0, "colours": "RdBu_r", "number": "+.0%"}
+        dropped = table.of(source, "drop", metric)
         rows = []
         for merger in mergers:
-            difference = results.of(source, merger, "accuracy" if answers else "error", scorers, ratios) - dropped
-            low, high = interval(difference)
+            difference = table.of(source, merger, metric) - dropped
+            low, high = bootstrap_interval(difference)
             shown = difference.mean(-1) if answers else difference.mean(-1) / dropped.mean(-1)
             rows.append((shown.T.flatten(), ((low > 0) | (high < 0)).T.flatten()))
-        table, is_sure = (torch.stack(part) for part in zip(*rows, strict=True))
-        panel.imshow(table, cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
-        for row, column in itertools.product(range(len(mergers)), range(len(columns))):
-            value = table[row, column].item()
-            weight = "bold" if is_sure[row, column] else "normal"
-            colour = "white" if abs(value) > 0.7 * limit else "black"
-            style = {"ha": "center", "va": "center", "fontsize": 7, "fontweight": weight, "color": colour}
-            panel.text(column, row, format(value, shown_as), **style)
-        panel.set_yticks(range(len(mergers)), [short_name(merger) for merger in mergers], fontsize=8)
-        panel.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=8)
+        numbers, is_sure = (torch.stack(part) for part in zip(*rows, strict=True))
+        heat_map(panel, numbers, is_sure, [short_name(merger) for merger in mergers], columns, **style)
         panel.set_title(title, fontsize=10)
     figure.suptitle("bold: the 95% interval of the difference leaves out 0", fontsize=9)
-    figure.tight_layout(rect=(0, 0, 1, 0.985))
     figure.savefig(path, dpi=75)
 
 
@@ -508,27 +459,27 @@ def main() -> None:
             Cell("", *cell).merging(setting)
         if "needle" in options.sources:
             make_contexts(setting)
-        results = Results(options.output, setting)
+        results = Results(options.output, dataclasses.asdict(setting))
     except ValueError as error:
         parser.error(str(error))
     cells = [Cell(*cell) for cell in itertools.product(options.sources, options.scorers, options.ratios, mergers)]
-    cells = [cell for cell in cells if cell not in results.cells]
+    cells = [cell for cell in cells if dataclasses.asdict(cell) not in results]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), initializer=quietly) as pool:
         futures = [pool.submit(cell.measure, setting) for cell in cells]
         for cell, future in zip(tqdm(cells, unit="cell", desc="measuring"), futures, strict=True):
-            results.add(cell, future.result())
+            results.add(dataclasses.asdict(cell), future.result())
 
     print(f"\n{setting.contexts} contexts of {setting.words} words, seed {setting.seed}, ", end="")
     print(f"{setting.sink_tokens} sinks and {setting.recent_tokens} recent tokens protected")
-    asked = (options.scorers, mergers, options.ratios)
+    table = Table(results, options.scorers, mergers, options.ratios)
     if "needle" in options.sources:
         print("\nneedle model: accuracy at each ratio, and means over all cells\n")
-        print("\n".join(needle_table(results, *asked)))
+        print("\n".join(needle_table(table)))
     if synthetic := [source for source in options.sources if source != "needle"]:
         print("\nsynthetic tokens: error of the attention's output, as a share of dropping's\n")
-        print("\n".join(synthetic_table(results, synthetic, *asked)))
+        print("\n".join(synthetic_table(table, synthetic)))
     if options.plot is not None:
-        draw(results, options.plot, options.sources, *asked)
+        draw(table, options.plot, options.sources)
 
 
 if __name__ == "__main__":

@@ -8,28 +8,7 @@ which one will come. All text is lower-case words separated by single spaces, re
 import random
 from dataclasses import dataclass
 
-_NAMES = """
-amber anchor apple arrow autumn badger bamboo barley basil beacon birch bottle bridge bronze butter cactus candle
-canyon carbon castle cedar cherry circle cliff clover cobalt comet copper coral cotton crane crystal daisy desert
-diamond dolphin dragon eagle ember engine falcon feather fern fiddle flame forest fossil fountain fox garden garnet
-ginger glacier granite grape hammer harbor hazel heron honey horizon indigo iris iron island ivory jacket jade jasmine
-jungle kettle kitten ladder lantern lemon lilac lily linen lion lotus magnet mango maple marble meadow melon mint
-mirror moon mountain needle nickel oak ocean olive onyx opal orange orchid otter owl palm panther paper peach pearl
-pebble pepper pine planet plum pocket quartz rabbit raven ribbon river rocket rose ruby saddle saffron salmon
-"""
-
-_FILLER = """
-people walk along the road and talk about weather while children play near old houses every morning some of them carry
-bread or milk others sit quietly reading long letters from friends who moved away years ago nobody knows when rain
-will stop but most agree it must end soon because clouds look thin today market opens early with fresh fruit warm soup
-and many small things to buy
-"""
-
-NAMES, FILLER = _NAMES.split(), _FILLER.split()
-CODES = [str(1000 + 37 * i) for i in range(192)]
-
-# the sentences' own words; with the lists above they are the whole vocabulary of the needle model
-GLUE = ". : code the passage begins end vote for question three most common votes are".split()  # noqa: SIM905
+from merging_cache.evaluation.needle_words import CODES, NAMES, filler_sentence
 
 
 @dataclass(frozen=True)
@@ -47,10 +26,6 @@ class Context:
 
     text: str
     questions: list[Question]
-
-
-def filler_sentence(rng: random.Random) -> list[str]:
-    return [*rng.choices(FILLER, k=rng.randint(4, 9)), "."]
 
 
 def make_context(rng: random.Random, words: int, pairs: int, passage: int = 12, candidates: int = 8) -> Context:
@@ -78,7 +53,7 @@ def make_context(rng: random.Random, words: int, pairs: int, passage: int = 12, 
 
     fillers, length = [], sum(map(len, facts))
     while length < words:
-        fillers.append(filler_sentence(rng))
+        fillers.append(filler_sentence(rng).split())
         length += len(fillers[-1])
     sentences = facts + fillers
     rng.shuffle(sentences)

@@ -12,7 +12,7 @@ import argparse
 import math
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,11 +23,15 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from needle_tasks import CODES, FILLER, GLUE, NAMES, make_context
+from merging_cache.evaluation import Example
+from merging_cache.evaluation.needle_words import ATTRIBUTES, CODES, FILLER, GLUE, NAMES, NeedleWords
+from merging_cache.evaluation.ruler import RULER, NeedleInAHaystack, VariableTracking, fit
+from needle_tasks import make_context
 
 TOKENS_PER_STEP = 4096
 LOOKS_UP = 0.85  # accuracy on pure look-up at which the tasks begin
 CONTEXTS = [(0.06, 64), (0.15, 128), (0.3, 256), (0.5, 400), (2, 600)]  # until this share of the tasks, words
+HARD = {"niah_multivalue": 3, "niah_multiquery": 3, "cwe": 5, "fwe": 4, "vt": 2, "qa_2": 3}  # trained more often
 PAD, UNKNOWN, START = "<pad>", "<unk>", "<s>"
 
 
@@ -115,6 +119,74 @@ def task_row(rng: random.Random, length: int) -> Row:
     return words, weights
 
 
+def ruler_row(rng: random.Random, length: int) -> Row:
+    """A context of one of RULER's tasks, then questions about it, each answered."""
+    (name,), length = rng.choices(list(RULER), [HARD.get(name, 1) for name in RULER]), min(max(length, 96), 580)
+    task = RULER[name]
+    if isinstance(task, NeedleInAHaystack) and task.haystack == "prose" and length >= 128:
+        task = replace(task, num_keys=rng.choice([1, 4, 8]) if task.num_values == 1 else 3)  # more to ask about
+    if isinstance(task, VariableTracking):
+        task = replace(task, num_chains=rng.randint(1, max(1, min(4, length // 64))))
+    example = fit(name, NeedleWords(), count_words, length, seed=rng.getrandbits(32), task=task)
+    words = example.context.split()
+    weights = [0.0] * len(words)
+    asked = questions_about(rng, words)
+    if not asked:  # nothing is told but how often
+        asked = [(example.question.split()[2:], sorted(example.answers) if name == "cwe" else example.answers)]
+    for prompt, answer in rng.sample(asked, min(4, len(asked))):
+        words += ["question", ":", *prompt, *answer, "."]
+        weights += [0.0] * (len(prompt) + 2) + [CODE] * len(answer) + [WORD]
+    return words, weights
+
+
+def count_words(example: Example) -> int:
+    return len(example.prompt.split()) + example.max_new_tokens
+
+
+def questions_about(rng: random.Random, words: list[str]) -> list[tuple[list[str], list[str]]]:
+    """Everything that can be asked about the facts of a context, and the answers, with what is met on the way."""
+    codes: dict[tuple[str, ...], list[list[str]]] = {}
+    holders: dict[str, list[str]] = {}
+    facts: dict[tuple[str, str], str] = {}
+    for sentence in " ".join(words).replace("page ", "").split(" ."):
+        match sentence.split():
+            case ["code", key, value]:
+                codes.setdefault((key,), []).append([value])
+            case ["code", key, code, one, other]:
+                codes.setdefault((key,), []).append([code, one, other])
+            case ["code", code, one, other, *value]:
+                codes.setdefault((code, one, other), []).append(value)
+            case ["set", variable, value]:
+                holders.setdefault(value, []).append(variable)
+            case [name, attribute, value] if attribute in ATTRIBUTES and name in NAMES:
+                facts[name, attribute] = value
+
+    asked = [(["code", *key], values[0]) for key, values in codes.items() if len(values) == 1]
+    single = [(key[0], values[0][0]) for key, values in codes.items() if len(values) == len(key) == len(values[0]) == 1]
+    if len(single) >= 4:
+        pairs = rng.sample(single, 4)
+        asked.append((["each", "code", *(key for key, _ in pairs)], [word for pair in pairs for word in pair]))
+        if rng.random() < 0.5:
+            asked = asked[-1:]
+    for key, values in codes.items():
+        if len(values) > 1:
+            asked.append((["all", "code", *key], sorted(value[0] for value in values)))
+    for number in sorted(set(holders) & set(CODES)):
+        chain, held = [], number
+        while held in holders:
+            held = holders[held][0]
+            chain.append(held)
+        asked.append((["set", number], chain))
+    hops = [(name, value) for (name, attribute), value in facts.items() if attribute == "friend"]
+    for name, friend in hops:
+        for attribute in ATTRIBUTES:
+            if (friend, attribute) in facts and attribute != "friend":
+                asked.append(([attribute, name, "friend"], [friend, attribute, facts[friend, attribute]]))
+    if facts:
+        asked += [([name, attribute], [value]) for (name, attribute), value in rng.sample(list(facts.items()), 6)]
+    return asked
+
+
 def draw_rows(rng: random.Random, progress: float | None, reach: int) -> tuple[list[Row], torch.Tensor]:
     """One step's rows, and for each whether it is a look-up of codes (told again) or not.
 
@@ -126,7 +198,7 @@ def draw_rows(rng: random.Random, progress: float | None, reach: int) -> tuple[l
     else:
         longest = next(words for end, words in CONTEXTS if progress < end)
         length = rng.choice([longest, longest, rng.randint(48, longest)])
-        kinds = [task_row] * 6 + [told_again_row, repetition_row]
+        kinds = [task_row] * 4 + [ruler_row] * 10 + [told_again_row, repetition_row]
         size = max(length + 72, 128)  # questions come on top
     drawn = [rng.choice(kinds) for _ in range(max(2, TOKENS_PER_STEP // size))]
     return [kind(rng, length) for kind in drawn], torch.tensor([kind is told_again_row for kind in drawn])
@@ -226,7 +298,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "needle")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; one is fastest for a model this small")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -5,6 +5,7 @@ from .cache import MergingDynamicCache, MergingQuantizedCache
 from .config import MergingConfig
 from .link import merging_attention
 from .mergers import MERGERS, Merger
+from .picture import plot_merges
 from .report import CacheReport, LayerReport
 from .scorers import SCORERS, KVPressScorer, Scorer
 from .states import LayerStates, Slots, Survivors
@@ -28,4 +29,5 @@ __all__ = [
     "Slots",
     "Survivors",
     "merging_attention",
+    "plot_merges",
 ]

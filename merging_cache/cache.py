@@ -38,6 +38,7 @@ class MergingDynamicCache(DynamicCache):
         attention_mask: `[B, tokens]`, the tokenizer's mask, where the batch is padded: a cache sees keys and values
             only. One row per prompt; rows are repeated for beams. It may also be set later:
             `cache.attention_mask = mask`.
+        trace: keep where every evicted token went, for `plot_merges`: 4 bytes for each token, layer and KV head.
         offloading, offload_only_non_sliding: as in `DynamicCache`: keep layers in CPU memory between passes. GPUs only.
         **options: the fields of `MergingConfig` one by one, on top of `merging`.
 
@@ -67,6 +68,7 @@ class MergingDynamicCache(DynamicCache):
         attention_mask: Tensor | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
+        trace: bool = False,
         **options: Any,
     ) -> None:
         config = config_of(config, model)
@@ -80,6 +82,7 @@ class MergingDynamicCache(DynamicCache):
         self.merging = resolve_config(merging, options)
         self._padding = Padding(attention_mask)
         self._recording = False
+        self._traced = trace
         linked = model is not None and can_link(model) and config.model_type not in REPEATS_HEADS
         self._fold = fold = self.merging.build(linked)
         needed = self.merging.compression_ratio != 0 and fold.needs_attention
@@ -117,7 +120,8 @@ class MergingDynamicCache(DynamicCache):
 
     def _make_layer(self, index: int, rank: tuple[int, int] | None = None, **hybrid: int) -> MergingLayer:
         kind = MergingHybridLayer if hybrid else MergingLayer
-        return kind(self.merging, self._fold, self._padding, self._link, index, rank, self._storage(), **hybrid)
+        storage, shared = self._storage(), (self.merging, self._fold, self._padding, self._link)
+        return kind(*shared, index, rank, storage, self._traced, **hybrid)
 
     def _next_layer(self) -> MergingLayer:
         layer = self._make_layer(len(self.layers))
@@ -157,7 +161,7 @@ class MergingDynamicCache(DynamicCache):
 
     def report(self) -> CacheReport:
         """What every layer has seen, kept, merged and saved; `print` it for a table."""
-        return report_layers(self.layers)
+        return report_layers(self.layers, self)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, folded ones included."""
@@ -250,7 +254,7 @@ class MergingQuantizedCache(MergingDynamicCache):
         axis_key, axis_value: the backend's quantization axes; by default the one whose groups lie inside a token.
         q_group_size: elements that share a scale; by default the largest divisor of the head dimension up to 64.
         residual_length: tokens that gather in full precision before they are quantized.
-        merging, model, attention_mask, **options: as for `MergingDynamicCache`.
+        merging, model, attention_mask, trace, **options: as for `MergingDynamicCache`.
 
     Raises:
         ValueError: for an unknown backend, or an option it does not have.
@@ -281,6 +285,7 @@ class MergingQuantizedCache(MergingDynamicCache):
         *,
         model: PreTrainedModel | None = None,
         attention_mask: Tensor | None = None,
+        trace: bool = False,
         **options: Any,
     ) -> None:
         if options.pop("offloading", False):
@@ -288,7 +293,7 @@ class MergingQuantizedCache(MergingDynamicCache):
         self._backend = make_backend(backend, nbits, axis_key, axis_value, q_group_size)
         check_number("residual_length", residual_length, int, minimum=1)
         self._residual_length = residual_length
-        super().__init__(config, merging, model=model, attention_mask=attention_mask, **options)
+        super().__init__(config, merging, model=model, attention_mask=attention_mask, trace=trace, **options)
 
     def _storage(self) -> Callable[[], DenseStorage | QuantizedStorage]:
         return partial(QuantizedStorage, self._backend, self._residual_length)

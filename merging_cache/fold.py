@@ -14,7 +14,7 @@ from .budgets import Budget
 from .mergers import Merger
 from .scorers import Scorer
 from .stage import Stage
-from .states import LayerStates, Slots, Statistics, Survivors
+from .states import LayerStates, Slots, Statistics, Survivors, holders_of
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ class Fold:
             positions=states.positions[:, :, last].clone(),
             num_merged=torch.zeros_like(states.positions[:, :, 0]),
             num_dropped=torch.zeros_like(states.positions[:, :, 0]),
+            holders=holders_of(states),
         )
         padding = (
             torch.zeros_like(states.positions[:, 0], dtype=torch.bool) if states.padding is None else states.padding

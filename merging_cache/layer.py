@@ -38,6 +38,9 @@ class MergingLayer(DynamicLayer):
         num_slots: slots per head left by the last fold (of the head that has most); what is stored beyond them is the
             tail.
         num_merged, num_dropped: `[B, H]`, tokens evicted so far that were folded into a survivor, and that were not.
+        holders: `[B, H, P]`, where the cache traces, for every position of a row before the last fold (padding not
+            counted) that of the slot that holds its token now: its own for survivors, -1 where it was dropped, -2 where
+            a row has no such token.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class MergingLayer(DynamicLayer):
         layer_idx: int,
         layer_rank: tuple[int, int] | None = None,
         storage: Callable[[], DenseStorage] = DenseStorage,
+        traced: bool = False,
     ) -> None:
         # not calling the parent's: it would assign `keys` and `values`, which are computed here
         self.layer_idx = layer_idx
@@ -58,6 +62,7 @@ class MergingLayer(DynamicLayer):
         self._padding = padding
         self._link = link
         self._new_storage = storage
+        self._traced = traced
         self._clear()
 
     def _clear(self) -> None:
@@ -66,6 +71,7 @@ class MergingLayer(DynamicLayer):
         self.num_slots = 0
         self.num_merged: Tensor | None = None
         self.num_dropped: Tensor | None = None
+        self.holders: Tensor | None = None
         self.record_past = False
         self._is_offloaded = False
         self._drafting = False  # a recorded prompt was cropped, so what comes next are drafts and not a prompt
@@ -161,7 +167,8 @@ class MergingLayer(DynamicLayer):
     @property
     def nbytes(self) -> int:
         """Bytes this layer holds: keys, values, positions, mass, counts, and what it observed."""
-        extra = (self._slot_positions, self._slot_log_mass, self.num_merged, self.num_dropped, self._observed)
+        counts = (self.num_merged, self.num_dropped, self.holders)
+        extra = (self._slot_positions, self._slot_log_mass, *counts, self._observed)
         return self._storage.nbytes + sum(part.nbytes for part in extra if part is not None)
 
     @property
@@ -171,6 +178,17 @@ class MergingLayer(DynamicLayer):
             return 0
         batch, heads = self._shape
         return batch * heads * self.seen * sum(self._dims) * self.dtype.itemsize
+
+    def fates(self, row: int) -> Tensor:
+        """`[H, n]`, what became of each of the n tokens of a row, padding left out; see `picture.Fates`."""
+        positions = self._padding.row_positions(self.positions)[row]  # [H, S], negative where there is no slot
+        fates = torch.full((self._shape[1], int(positions.max()) + 1), -2, device=positions.device)
+        if self.holders is not None:
+            fates[:, : self.holders.shape[2]] = self.holders[row, :, : fates.shape[1]].long()
+        for of_head, stored in zip(fates, positions, strict=True):
+            stored = stored[stored >= 0]
+            of_head[stored] = stored
+        return fates
 
     # Growing and folding ----------------------------------------------------------------------------------------------
 
@@ -403,6 +421,7 @@ class MergingLayer(DynamicLayer):
             scaling=observed.scaling,
             layer_idx=self.layer_idx,
             layer_rank=self.layer_rank,
+            traced=self._traced,
         )
 
     def _folded(self, keys: Tensor, values: Tensor) -> Slots:
@@ -433,6 +452,8 @@ class MergingLayer(DynamicLayer):
         first = self.num_merged is None
         self.num_merged = slots.num_merged if first else self.num_merged + slots.num_merged
         self.num_dropped = slots.num_dropped if first else self.num_dropped + slots.num_dropped
+        if slots.holders is not None:
+            self.holders = handed_on(self.holders, slots.holders)
 
     # What transformers is told ----------------------------------------------------------------------------------------
 
@@ -535,7 +556,7 @@ class MergingLayer(DynamicLayer):
         left = self._storage.select_rows(indices)
         self._shape = (len(indices), self._shape[1])
         self._observed.select_rows(indices)
-        for name in ("_slot_positions", "_slot_log_mass", "num_merged", "num_dropped"):
+        for name in ("_slot_positions", "_slot_log_mass", "num_merged", "num_dropped", "holders"):
             tensor = getattr(self, name)
             rows = indices
             if self._layout is not None and name.startswith("_slot"):
@@ -616,3 +637,13 @@ class MergingLayer(DynamicLayer):
                 "that differ are those of multi-head latent attention (MLA), whose values carry rotary positions and "
                 "must not be averaged. Use merger='drop'"
             )
+
+
+def handed_on(before: Tensor | None, now: Tensor) -> Tensor:
+    """`Slots.holders` over two folds, of which the second knows the slots of the first by their positions."""
+    if before is None:
+        return now.int()
+    handed = now.gather(2, before.long().clamp_min(0)).masked_fill(before < 0, -1)
+    new = torch.ones_like(now, dtype=torch.bool)  # tokens that came since; a row may have had fewer than the others
+    new[..., : before.shape[2]] = before == -2
+    return torch.where(new, now, torch.nn.functional.pad(handed, (0, now.shape[2] - before.shape[2]))).int()

@@ -1,13 +1,15 @@
 """What a cache kept, merged and saved: a record that prints as a table."""
 
+import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from .layer import MergingLayer
 from .mergers import MERGERS, QUERY_SOURCES
+from .picture import plot_merges
 from .stage import summarize_stage
 
 COLUMNS = ("layer", "kind", "seen", "slots", "merged", "dropped", "bytes", "DynamicCache", "share", "merger")
@@ -62,18 +64,34 @@ class CacheReport:
     Args:
         layers: the layers in order.
         total: sums over the layers; `tokens_seen` is that of one row through the whole model.
+        cache: a weak reference to what it is about, for `plot`: a report keeps no cache alive.
     """
 
     layers: tuple[LayerReport, ...]
     total: LayerReport
+    cache: weakref.ref | None = field(default=None, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CacheReport, (self.layers, self.total)  # copied or pickled it is a record and nothing else
 
     def __str__(self) -> str:
         lines = align([list(COLUMNS), *(row.cells() for row in (*self.layers, self.total))], left=2)
         rule = "-" * len(lines[0])
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
+    def plot(self, tokens: Sequence[str] | None = None, row: int = 0) -> Any:
+        """A matplotlib figure of which tokens survived and where the others went; see `plot_merges`.
 
-def report_layers(layers: Iterable[Any]) -> CacheReport:
+        Raises:
+            ValueError: if the cache is gone, or has gone on, since the report was made.
+        """
+        cache = None if self.cache is None else self.cache()
+        if cache is None or report_layers(cache.layers) != self:
+            raise ValueError("the cache is not what it was at this report; plot a new one: cache.report().plot()")
+        return plot_merges(cache, tokens, row=row)
+
+
+def report_layers(layers: Iterable[Any], cache: Any = None) -> CacheReport:
     """Report on the layers of a cache; those that are transformers' own count in full."""
     rows = tuple(report_layer(index, layer) for index, layer in enumerate(layers))
     total = LayerReport(
@@ -86,7 +104,7 @@ def report_layers(layers: Iterable[Any]) -> CacheReport:
         bytes_now=sum(row.bytes_now for row in rows),
         bytes_full=sum(row.bytes_full for row in rows),
     )
-    return CacheReport(rows, total)
+    return CacheReport(rows, total, None if cache is None else weakref.ref(cache))
 
 
 def report_layer(index: int, layer: Any) -> LayerReport:

@@ -103,6 +103,7 @@ class LayerStates:
         heads: `[H]`, which of the layer's KV heads these are, or `None` for all of them in order.
         num_heads: how many KV heads the layer has, where these are not all of them.
         num_slots: how many slots per head the layer is about to be folded to, or `None` where it is not.
+        traced: whether mergers are to tell where every token went (`Slots.holders`).
 
     Raises:
         ValueError: if keys, values, positions or padding do not fit together.
@@ -128,6 +129,7 @@ class LayerStates:
     heads: Tensor | None = None
     num_heads: int | None = None
     num_slots: int | None = None
+    traced: bool = False
 
     def __post_init__(self) -> None:
         batch, heads, length = self.keys.shape[:3]
@@ -349,6 +351,8 @@ class Slots:
             the last ones of each head; `None` where all do.
         statistics: `[B, H, K, ...]`, what the scorer keeps for each slot's token, or `None`.
         tokens: `[B, H, K]`, which stored token each slot is named after, where that is not the survivor.
+        holders: `[B, H, P]`, where states are traced, for each of the positions 0 to P - 1 of a row that of the slot
+            that holds its token now: its own for survivors, -1 where it was dropped, -2 where a row has no such token.
     """
 
     keys: Tensor
@@ -360,6 +364,7 @@ class Slots:
     valid: Tensor | None = None
     statistics: Tensor | None = None
     tokens: Tensor | None = None
+    holders: Tensor | None = None
 
     @classmethod
     def cat(cls, parts: Sequence["Slots"]) -> "Slots":
@@ -386,6 +391,7 @@ class Slots:
             log_mass=None if states.log_mass is None else states.log_mass.gather(2, indices),
             num_merged=num_merged,
             num_dropped=num_dropped,
+            holders=holders_of(states, indices, indices),
         )
 
     @classmethod
@@ -400,6 +406,7 @@ class Slots:
             num_merged=counts,
             num_dropped=counts.clone(),
             valid=torch.zeros((batch, heads, num_slots), dtype=torch.bool, device=states.keys.device),
+            holders=holders_of(states),
         )
 
     def write(self, part: "Slots", rows: Tensor, heads: slice, columns: Tensor) -> "Slots":
@@ -420,12 +427,33 @@ class Slots:
                 getattr(result, name)[here] = new
         if result.valid is not None:
             result.valid[here] = True if part.valid is None else part.valid
+        if part.holders is not None:
+            result.holders[rows, every_head, : part.holders.shape[2]] = part.holders
         return result
 
 
 def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:
     """`[B, H, L, D]` and indices `[B, H, K]` to `[B, H, K, D]`, a new tensor."""
     return states.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
+
+
+def holders_of(states: LayerStates, tokens: Tensor | None = None, holders: Tensor | None = None) -> Tensor | None:
+    """`Slots.holders`, or `None` where states are not traced.
+
+    Args:
+        states: what is folded.
+        tokens: `[B, H, N]`, indices of tokens.
+        holders: `[B, H, N]`, the index of the token that the slot is named after which holds each, or -1.
+    """
+    if not states.traced:
+        return None
+    held = states.positions.new_full((*states.positions.shape[:2], states.seen + 1), -2)
+    if tokens is not None:
+        places = states.positions.masked_fill(states.positions < 0, states.seen)  # what is no token goes to the end
+        held.scatter_(2, places, -1)
+        by = states.positions.gather(2, holders.clamp_min(0)).masked_fill(holders < 0, -1)
+        held.scatter_(2, places.gather(2, tokens), by)
+    return held[..., :-1]
 
 
 def count_evicted(states: LayerStates, evicted: Tensor, is_merged: Tensor) -> tuple[Tensor, Tensor]:

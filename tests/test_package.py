@@ -80,13 +80,19 @@ def test_stages_know_torch_and_the_records_only(room):
             assert inside or top in {"torch", *standard} or top == path.stem == "kvpress", (path.name, module)
 
 
-def test_only_five_files_know_transformers():
+def test_only_five_files_of_the_cache_know_transformers():
     knowing = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
         if any(module.split(".")[0] == "transformers" for module in imports_of(path))
     }
-    assert knowing == {"attention.py", "link.py", "cache.py", "layer.py", "hybrid.py"}
+    of_the_evaluation = {f"evaluation/{name}.py" for name in ("__main__", "measure", "run")}
+    assert knowing - of_the_evaluation == {"attention.py", "link.py", "cache.py", "layer.py", "hybrid.py"}
+
+
+def test_the_cache_knows_nothing_of_the_evaluation():
+    for path in set(PACKAGE.rglob("*.py")) - set(PACKAGE.glob("evaluation/*.py")):
+        assert not any("evaluation" in module for module in imports_of(path)), path
 
 
 def test_every_file_says_what_it_is_for():

@@ -56,4 +56,6 @@ class CAMMerger(ReferenceMerger):
         slots = Slots.of_survivors(states, survivors)
         num_merged, num_dropped = count_evicted(states, evicted, weight > 0)
         values = (slots.values.float() + added).to(slots.values.dtype)
-        return replace(slots, values=values, num_merged=num_merged, num_dropped=num_dropped)
+        nearest = Routing(evicted, order.gather(2, first.clamp_max(order.shape[2] - 1)), share, weight)
+        holders = nearest.holders(states, survivors)
+        return replace(slots, values=values, num_merged=num_merged, num_dropped=num_dropped, holders=holders)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..stage import option
-from ..states import LayerStates, Slots, Survivors, gather_tokens, top_tokens
+from ..states import LayerStates, Slots, Survivors, gather_tokens, holders_of, top_tokens
 from .queries import attention_logits, softmax_of_seen
 from .reference import ReferenceMerger, full_logits
 from .routing import Routing, masses, nearest_survivors
@@ -95,6 +95,11 @@ class ResidualMerger(ReferenceMerger):
             num_dropped=torch.zeros_like(exact.num_dropped),
             log_mass=torch.cat([own, log_mass], dim=2).gather(2, order),
             tokens=tokens,
+            holders=holders_of(
+                states,
+                torch.cat([stay.indices, evicted], dim=2),
+                torch.cat([stay.indices, named.gather(2, cluster)], dim=2),
+            ),
         )
 
     def _clusters(self, keys: Tensor, evicted: Tensor, given_up: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..states import TILE, LayerStates, Slots, Survivors, count_evicted, gather_tokens
+from ..states import TILE, LayerStates, Slots, Survivors, count_evicted, gather_tokens, holders_of
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,16 @@ class Routing:
             log_mass=log_mass,
             num_merged=num_merged,
             num_dropped=num_dropped,
+            holders=self.holders(states, survivors),
+        )
+
+    def holders(self, states: LayerStates, survivors: Survivors) -> Tensor | None:
+        """`Slots.holders`: survivors hold themselves and what has a weight."""
+        if not states.traced:
+            return None
+        by = survivors.indices.gather(2, self.target).masked_fill(self.weight <= 0, -1)
+        return holders_of(
+            states, torch.cat([survivors.indices, self.evicted], 2), torch.cat([survivors.indices, by], 2)
         )
 
     def totals(self, num_slots: int) -> Tensor:

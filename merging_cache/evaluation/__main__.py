@@ -1,0 +1,162 @@
+"""The command: `python -m merging_cache.evaluation`, or `merging-cache`.
+
+Measures what a cache costs in answers: RULER's 13 tasks (arXiv:2404.06654) and the loss on running text, with the full
+cache, with tokens dropped and with tokens merged, and says so in tables, pictures and a page. Stop it when you like:
+started again with the same --output it goes on with what is missing. Options are given here, or in a JSON file
+(--config) under the same names with underscores.
+
+    python -m merging_cache.evaluation --output needle
+    merging-cache --model Qwen/Qwen3-0.6B --tasks niah_single_1 vt cwe fwe --scorers snapkv keydiff --output qwen
+    accelerate launch --num_processes 8 -m merging_cache.evaluation --config ruler_qwen3_8b.json --output qwen3-8b
+    torchrun --nproc-per-node 2 -m merging_cache.evaluation --model Qwen/Qwen3-32B --tp-plan auto --output qwen3-32b
+"""
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.utils import logging
+
+from ..budgets import BUDGETS
+from ..mergers import MERGERS
+from ..scorers import SCORERS
+from .config import EvaluationConfig
+from .page import page
+from .plots import save_plots
+from .ruler import RULER
+from .run import Evaluation
+from .summary import Summary
+from .tables import markdown
+
+
+def spec(text: str) -> str | dict[str, Any]:
+    """A stage as the command line gives it: a name, or JSON with a name and options."""
+    if not text.startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options, none of which has a default here: what is not given is taken from --config or `EvaluationConfig`."""
+    parser = argparse.ArgumentParser(
+        prog="merging-cache",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--model", help="a folder or a name on the hub; default: the small model that ships with this project")
+    add("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(RULER)}; default: all that no file is missing for")
+    add("--context-length", nargs="+", type=int, metavar="TOKENS", help="of prompt and answer; default: 512 or 4096")
+    add("--scorers", nargs="+", type=spec, metavar="NAME|JSON", help=f"of {', '.join(sorted(SCORERS))}")
+    add(
+        "--mergers", nargs="+", type=spec, metavar="NAME|JSON", help=f"of {', '.join(MERGERS)}; drop is always measured"
+    )
+    add("--budgets", nargs="+", type=spec, metavar="NAME|JSON", help=f"of {', '.join(BUDGETS)}; default: the scorer's")
+    add(
+        "--compression-ratios", nargs="*", type=float, metavar="RATIO", help="shares of the tokens that lose their slot"
+    )
+    add("--max-tokens", nargs="+", type=int, metavar="TOKENS", help="sizes in slots, besides or instead of ratios")
+    add("--quantize", nargs="+", metavar="BACKEND-BITS", help="storages: none, quanto-4, quanto-2, hqq-4, fp8")
+    add("--examples", type=int, help="of each task; default: 40")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument(
+        "--question-in-context", action="store_true", help="read the question before the fold, so that scorers know it"
+    )
+    asked.add_argument(
+        "--question-after", dest="question_in_context", action="store_false", help="ask after the fold (default)"
+    )
+    add("--batch-size", type=int, help="examples read at a time, padded on the left; default: 10")
+    add("--seed", type=int, help="default: 0")
+    add("--sink-tokens", type=int, help="first tokens that always keep their slots; default: 4")
+    add("--recent-tokens", type=int, help="last tokens that always do; default: 32")
+    add("--depth", type=float, help="share of the haystack before a needle; random by default")
+    add("--haystack", help="a text file to hide needles in, for the tasks that hide them in essays")
+    add("--squad", help="SQuAD's dev-v2.0.json, for qa_1")
+    add("--hotpotqa", help="HotpotQA's hotpot_dev_distractor_v1.json, for qa_2")
+    add("--data", help="ready-made examples: a .jsonl or .parquet file, a folder of them, or a data set on the hub")
+    add("--data-folder", help="the data set's folder on the hub; default: the context length")
+    add("--text", help="a text file: the loss on what follows a folded context, and the divergence from the full cache")
+    add(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="prompt through the chat template; default: if there is one",
+    )
+    add("--dtype", help="of the weights; default: as they are stored")
+    add("--attn-implementation", help="sdpa, eager, flash_attention_2 …")
+    add("--device-map", help="auto: spread the weights over the GPUs there are")
+    add("--tp-plan", help="auto: tensor parallel, under torchrun")
+    add("--config", help="a JSON file of these options; those given here come first")
+    add("--output", type=Path, help="a folder for results and reports; without one they are only printed")
+    return parser
+
+
+def write_reports(evaluation: Evaluation, output: Path | None) -> str:
+    """Write everything to the folder; returns the tables.
+
+    Writes `summary.md`, `summary.json`, `report.html` and, where matplotlib is installed, the pictures as PNG.
+    """
+    summary = Summary(evaluation.results, evaluation.cells)
+    tables = markdown(summary)
+    if output is None:
+        return tables
+    facts = describe_run(evaluation)
+    title = f"What a cache costs in answers: {evaluation.name}"
+    (output / "summary.md").write_text(f"# {title}\n\n{facts}\n\n{tables}", encoding="utf-8")
+    (output / "summary.json").write_text(
+        json.dumps({"run": facts} | summary.to_dict(), indent=1) + "\n", encoding="utf-8"
+    )
+    figures = save_plots(summary, output) if find_spec("matplotlib") else {}
+    (output / "report.html").write_text(page(summary, figures, evaluation.examples, title, facts), encoding="utf-8")
+    return tables
+
+
+def describe_run(evaluation: Evaluation) -> str:
+    """One sentence: how, where and when."""
+    config = evaluation.config
+    device = torch.cuda.get_device_name() if evaluation.state.device.type == "cuda" else platform.machine() + " CPU"
+    asked = "read before the fold" if config.question_in_context else "asked after the fold"
+    processes = evaluation.state.num_processes
+    return (
+        f"Questions {asked}, {config.examples} examples of each task, {config.batch_size} at a time, "
+        f"seed {config.seed}; "
+        f"{'1 process' if processes == 1 else f'{processes} processes'} on {device}, "
+        f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, {date.today()}."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = build_parser()
+    given = vars(parser.parse_args(arguments))
+    output = given.pop("output", None)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        options = EvaluationConfig.read_options(given.pop("config")) if "config" in given else {}
+        evaluation = Evaluation(EvaluationConfig.from_dict(options | given), output)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    evaluation.run()
+    if not evaluation.state.is_main_process:
+        return
+    print(f"\n{evaluation.name}. {describe_run(evaluation)}\n\n{write_reports(evaluation, output)}")
+    if output is not None:
+        print(f"written to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+        if not find_spec("matplotlib"):
+            print("matplotlib is not installed: no pictures (pip install 'merging_cache[plot]')", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

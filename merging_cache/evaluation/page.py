@@ -1,0 +1,62 @@
+"""A summary as one HTML page that needs nothing else: tables, pictures, and what the caches answered."""
+
+import io
+import re
+from typing import Any
+
+from ..picture import render
+from .config import TEXT
+from .example import Example
+from .summary import Summary
+
+ANSWERS_SHOWN = 2  # examples of each task of which the answers are shown
+
+
+def page(
+    summary: Summary, figures: dict[str, Any], examples: dict[tuple[str, int], list[Example]], title: str, facts: str
+) -> str:
+    """The page.
+
+    Args:
+        summary: what was measured.
+        figures: matplotlib's, by name; none where it is not installed.
+        examples: by task and length, for their answers.
+        title, facts: what was evaluated, and how.
+    """
+    sections = []
+    for length, tasks in summary.tasks.items():
+        questions = summary.questions(length)
+        answers = []
+        for task in questions:
+            for index, example in enumerate(examples.get((task, length), [])[:ANSWERS_SHOWN]):
+                given = []
+                for variant in summary.variants.values():
+                    measured = summary.measured(task, length, variant)
+                    if measured is not None:
+                        given.append((variant.label, measured["prediction"][index], measured["score"][index]))
+                answers.append({"task": task, "example": example, "given": given})
+        sections.append(
+            {
+                "length": length,
+                "tasks": questions,
+                "rows": summary.rows(questions, length) if questions else [],
+                "by_task": [
+                    (variant, [summary.row([task], length, variant) for task in questions])
+                    for variant in summary.variants.values()
+                ],
+                "text": summary.rows([TEXT], length) if TEXT in tasks else [],
+                "figures": [svg(figure) for name, figure in figures.items() if f"_{length}." in name],
+                "answers": answers,
+            }
+        )
+    return render(__package__, "page.html", title=title, facts=facts, sections=sections)
+
+
+def svg(figure: Any) -> str:
+    """A figure as SVG to stand inside a page."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "merging_cache"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return re.sub(r"^.*?(?=<svg)", "", buffer.getvalue(), count=1, flags=re.DOTALL)

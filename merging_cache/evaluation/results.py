@@ -1,0 +1,63 @@
+"""What was measured of which cell of a sweep: JSON lines, written as they come, so that a run can be gone on with."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def key_of(cell: Mapping[str, Any]) -> str:
+    """A cell as a text that is the same however its dict is ordered."""
+    return json.dumps(cell, sort_keys=True)
+
+
+class Results:
+    """Cells and what was measured of them, in memory and in a file, of which the first line is the setting.
+
+    Args:
+        path: the file, gone on with where it exists; `None` to keep everything in memory only.
+        setting: what all cells have in common, which is not to change from one run to the next.
+
+    Raises:
+        ValueError: if the file was measured in another setting, or is none of ours.
+    """
+
+    def __init__(self, path: Path | None, setting: Mapping[str, Any]) -> None:
+        self.path = path
+        self.setting = json.loads(json.dumps(setting))
+        self._measured: dict[str, Any] = {}
+        if path is not None and path.exists():
+            self._read(path)
+        if path is not None and not self._measured:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"setting": self.setting}) + "\n", encoding="utf-8")
+
+    def _read(self, path: Path) -> None:
+        text = path.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]  # the last line is not, where a run was interrupted
+        try:
+            lines = [json.loads(line) for line in whole.splitlines()]
+            setting = lines[0]["setting"] if lines else self.setting
+            self._measured = {key_of(line["cell"]): line["measured"] for line in lines[1:]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a file of results: {type(error).__name__}: {error}") from error
+        if setting != self.setting:
+            changed = sorted(name for name in {*setting, *self.setting} if setting.get(name) != self.setting.get(name))
+            was = ", ".join(f"{name}={setting.get(name)!r}" for name in changed)
+            now = ", ".join(f"{name}={self.setting.get(name)!r}" for name in changed)
+            raise ValueError(f"{path} was measured with {was}, and this run is to be with {now}; choose another output")
+        if whole != text:
+            path.write_text(whole, encoding="utf-8")
+
+    def __contains__(self, cell: Mapping[str, Any]) -> bool:
+        return key_of(cell) in self._measured
+
+    def __getitem__(self, cell: Mapping[str, Any]) -> Any:
+        return self._measured[key_of(cell)]
+
+    def add(self, cell: Mapping[str, Any], measured: Any) -> None:
+        """Keep what was measured of a cell, and write it down at once."""
+        self._measured[key_of(cell)] = json.loads(json.dumps(measured))
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"cell": cell, "measured": measured}) + "\n")

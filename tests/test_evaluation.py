@@ -1,0 +1,497 @@
+"""The evaluation: what is measured, that it can be stopped and shared, and what is written about it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from merging_cache import MergingDynamicCache
+from merging_cache.evaluation import Evaluation, EvaluationConfig, Summary, Variant
+from merging_cache.evaluation.__main__ import main, write_reports
+from merging_cache.evaluation.measure import Encoder
+from merging_cache.evaluation.metrics import (
+    bootstrap_interval,
+    bootstrap_interval_of_tasks,
+    string_match_all,
+    string_match_part,
+)
+from merging_cache.evaluation.plots import score_against_bytes
+from merging_cache.evaluation.results import Results
+from merging_cache.evaluation.run import shipped_model
+from merging_cache.evaluation.tables import markdown
+
+SMALL = {
+    "tasks": ["niah_multikey_1", "vt", "qa_1"],
+    "context_length": 180,
+    "examples": 5,
+    "batch_size": 2,
+    "scorers": ["keydiff"],
+    "mergers": ["drop", "similarity"],
+    "compression_ratios": [0.5],
+}
+
+
+def measured(evaluation: Evaluation) -> dict[str, dict]:
+    """What does not depend on the clock, by cell."""
+    results = {}
+    for cell in evaluation.cells:
+        columns = {name: column for name, column in evaluation.results[cell].items() if "seconds" not in name}
+        results[json.dumps(cell, sort_keys=True)] = columns
+    return results
+
+
+@pytest.fixture(scope="module")
+def small():
+    evaluation = Evaluation(EvaluationConfig(**SMALL))
+    evaluation.run(progress=False)
+    return evaluation
+
+
+# Metrics --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "all_of_them", "any_of_them"),
+    [
+        (" 4821 and 1037.", ["4821", "1037"], 1.0, 1.0),
+        ("4821", ["4821", "1037", "1", "9"], 0.5, 1.0),  # contained counts: 1 is in 4821
+        ("The Fox\tand the OWL", ["fox", "owl", "elk"], 2 / 3, 1.0),
+        ("nothing", ["fox", "owl"], 0.0, 0.0),
+        ("", ["fox"], 0.0, 0.0),
+        ("a\x00b", ["a\nb"], 1.0, 1.0),
+    ],
+)
+def test_metrics_by_hand(prediction, answers, all_of_them, any_of_them):
+    assert string_match_all(prediction, answers) == pytest.approx(all_of_them)
+    assert string_match_part(prediction, answers) == any_of_them
+
+
+def test_an_interval_by_hand():
+    """Of three examples each mean of a resample is one of ten, with known probabilities."""
+    low, high = bootstrap_interval(torch.tensor([0.0, 0.0, 1.0]))
+    # P(mean 0) = (2/3)^3 = .30, P(mean 1) = 1/27 = .037: the percentiles are 0 and 1
+    assert (low, high) == (0, 1)
+    for end in bootstrap_interval(torch.full((4, 50), 0.25)):
+        assert end.tolist() == pytest.approx([0.25] * 4)
+    normal = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    low, high = bootstrap_interval(normal)
+    error = 1.96 * normal.std() / 20
+    assert low.item() == pytest.approx((normal.mean() - error).item(), abs=0.01)
+    assert high.item() == pytest.approx((normal.mean() + error).item(), abs=0.01)
+
+
+@given(st.lists(st.lists(st.floats(-1, 1), min_size=2, max_size=9), min_size=1, max_size=4))
+@settings(max_examples=25, deadline=None)
+def test_the_interval_of_tasks_weighs_tasks_alike(differences):
+    tensors = [torch.tensor(one, dtype=torch.float64) for one in differences]
+    low, high = bootstrap_interval_of_tasks(tensors)
+    mean = sum(one.mean() for one in tensors) / len(tensors)
+    assert low - 1e-9 <= mean <= high + 1e-9 or high - low < 1e-9 or len(tensors[0]) < 4
+    assert low >= min(one.min() for one in tensors) - 1e-9
+    assert high <= max(one.max() for one in tensors) + 1e-9
+    if len(tensors) == 1:
+        assert (low, high) == bootstrap_interval(tensors[0])
+
+
+# Results --------------------------------------------------------------------------------------------------------------
+
+
+def test_results_are_kept_and_gone_on_with(tmp_path):
+    path = tmp_path / "new" / "results.jsonl"
+    results = Results(path, {"seed": 0, "lengths": (1, 2)})
+    results.add({"a": 1, "b": [2]}, {"score": [0.5]})
+    whole = path.read_text()
+    path.write_text(whole + '{"cell": {"a": 2, "b"')  # interrupted while it wrote
+    again = Results(path, {"lengths": [1, 2], "seed": 0})
+    assert path.read_text() == whole
+    assert {"b": [2], "a": 1} in again
+    assert again[{"b": [2], "a": 1}] == {"score": [0.5]}
+    assert {"a": 2} not in again
+    with pytest.raises(ValueError, match="measured with seed=0, and this run is to be with seed=1; choose another"):
+        Results(path, {"seed": 1, "lengths": [1, 2]})
+    path.write_text("[1]\n")
+    with pytest.raises(ValueError, match="is not a file of results"):
+        Results(path, {})
+
+
+# What is measured -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_answers_are_those_of_the_model_alone(known):
+    """Each example by itself, by plain generate calls with plain caches, against batches padded on the left."""
+    options = SMALL | {"compression_ratios": [], "max_tokens": [90], "scorers": ["snapkv"]}
+    evaluation = Evaluation(EvaluationConfig(**options, question_in_context=known))
+    evaluation.run(progress=False)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(shipped_model()).eval(), evaluation.tokenizer
+    for variant in evaluation.config.variants:
+        for (task, length), examples in evaluation.examples.items():
+            columns = evaluation.results[{"task": task, "context_length": length, "variant": variant.to_dict()}]
+            for example, prediction, score in zip(examples, columns["prediction"], columns["score"], strict=True):
+                whole = tokenizer(example.prompt, return_tensors="pt").input_ids
+                read = whole[:, :-1] if known else tokenizer(example.context, return_tensors="pt").input_ids
+                if variant.is_full:
+                    cache = DynamicCache(config=model.config)
+                else:
+                    cache = MergingDynamicCache(model=model, scorer="snapkv", merger=variant.merger, max_tokens=90)
+                with torch.no_grad():
+                    model(read, past_key_values=cache)
+                    options = {"max_new_tokens": example.max_new_tokens, "do_sample": False, "pad_token_id": 0}
+                    output = model.generate(whole, past_key_values=cache, **options)
+                answer = tokenizer.decode(output[0, whole.shape[1] :], skip_special_tokens=True)
+                assert prediction.split(" .")[0] == answer.split(" .")[0]
+                right = [one in prediction for one in example.answers]
+                assert score == (any(right) if task == "qa_1" else sum(right) / len(right))
+
+
+def test_bytes_and_counts_are_those_of_the_cache(small):
+    full, dropped, merged = (
+        small.results[{"task": "vt", "context_length": 180, "variant": variant.to_dict()}]
+        for variant in small.config.variants
+    )
+    read = len(small.tokenizer(small.examples["vt", 180][0].context).input_ids)
+    per_token = 3 * 4 * 2 * 32 * 4  # layers, KV heads, keys and values, dimensions, bytes
+    assert full["bytes"][0] == read * per_token
+    slots = read // 2
+    assert dropped["bytes"][0] == pytest.approx(slots * per_token + slots * 3 * 4 * 4, rel=0.01)  # and positions
+    assert dropped["dropped"][0] == merged["merged"][0] + merged["dropped"][0] == read - slots
+    assert full["merged"] == full["dropped"] == dropped["merged"] == [0] * 5
+    assert len(full["prediction"]) == len(full["score"]) == len(full["decoding_seconds"]) == 5
+
+
+def test_quantized_caches_budgets_and_sizes_are_swept(tmp_path):
+    config = EvaluationConfig(
+        tasks=["vt"],
+        context_length=160,
+        examples=2,
+        scorers=["keydiff"],
+        budgets=[None, {"name": "adakv", "safeguard": 0.5}],
+        mergers=["auto"],
+        compression_ratios=[],
+        max_tokens=[64],
+        quantize=["none", "quanto-4", "fp8"],
+    )
+    evaluation = Evaluation(config)
+    evaluation.run(progress=False)
+    rows = {row.variant.label: row for row in Summary(evaluation.results, evaluation.cells).rows(["vt"], 160)}
+    assert len(rows) == 1 + 2 * 2 * 3
+    read = len(evaluation.encoder(evaluation.examples["vt", 160][0]).read)
+    assert rows["keydiff drop 64 tokens"].share == pytest.approx(64 / read, rel=0.05)
+    assert rows["keydiff drop 64 tokens quanto-4"].share < 0.3 * rows["keydiff drop 64 tokens"].share
+    assert rows["keydiff drop 64 tokens fp8"].share < 0.4 * rows["keydiff drop 64 tokens"].share
+    assert "keydiff adakv(safeguard=0.5) auto 64 tokens fp8" in rows
+
+
+def test_text_is_measured_against_the_full_cache(tmp_path):
+    evaluation = Evaluation(EvaluationConfig(**SMALL))
+    text = " ".join(example.context for example in evaluation.examples["vt", 180])
+    (tmp_path / "text.txt").write_text(text)
+    evaluation = Evaluation(EvaluationConfig(**SMALL | {"tasks": ["vt"], "text": str(tmp_path / "text.txt")}))
+    evaluation.run(progress=False)
+    model = AutoModelForCausalLM.from_pretrained(shipped_model()).eval()
+    for variant in evaluation.config.variants:
+        cell = {"task": "text", "context_length": 180, "text": str(tmp_path / "text.txt"), "variant": variant.to_dict()}
+        columns = evaluation.results[cell]
+        for window, loss, divergence in zip(evaluation.windows[180], columns["loss"], columns["kl"], strict=True):
+            ids = torch.tensor([window])
+            with torch.no_grad():
+                full = model(ids).logits[0, 180 - 22 : -1].log_softmax(-1)
+                cache = DynamicCache(config=model.config) if variant.is_full else variant.make_cache(model)
+                model(ids[:, : 180 - 22], past_key_values=cache)
+                held = model(ids[:, 180 - 22 :], past_key_values=cache).logits[0, :-1].log_softmax(-1)
+            expected = -held.gather(1, ids[0, 180 - 22 + 1 :, None]).mean()
+            assert loss == pytest.approx(expected.item(), abs=1e-4)
+            assert divergence == pytest.approx((full.exp() * (full - held)).sum(-1).mean().item(), abs=1e-4)
+    rows = Summary(evaluation.results, evaluation.cells).rows(["text"], 180)
+    assert rows[0].values["kl"] == pytest.approx(0, abs=1e-5)
+    assert rows[1].values["kl"] > 0.01
+    assert "KL from full cache" in markdown(Summary(evaluation.results, evaluation.cells))
+
+
+# Stopping, going on and sharing ---------------------------------------------------------------------------------------
+
+
+def command(output: Path, *more: str) -> list[str]:
+    options = ["--context-length", "180", "--examples", "5", "--batch-size", "2", "--scorers", "keydiff"]
+    options += ["--tasks", *SMALL["tasks"], "--mergers", "similarity", "--compression-ratios", "0.5"]
+    return ["-m", "merging_cache.evaluation", *options, "--output", str(output), *more]
+
+
+def read_lines(output: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    for line in lines[1:]:
+        line["measured"] = {name: column for name, column in line["measured"].items() if "seconds" not in name}
+    return lines
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, small):
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, *command(tmp_path)], **quiet)
+    path = tmp_path / "results.jsonl"
+    deadline = time.monotonic() + 120
+    while not (path.exists() and path.read_text().count("\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = path.read_text()
+    before = before[: before.rfind("\n") + 1]
+    assert 3 <= before.count("\n") < 10  # the setting, some cells, not all of them
+    done = subprocess.run([sys.executable, *command(tmp_path)], check=True, capture_output=True, text=True)
+    assert path.read_text().startswith(before)  # timings included: what was finished was not measured again
+    missing = 10 - before.count("\n")
+    assert f"{missing}/{missing}" in done.stderr  # the bar counts what was missing
+    cells = [json.dumps(line["cell"], sort_keys=True) for line in read_lines(tmp_path)[1:]]
+    assert len(cells) == len(set(cells)) == 9
+    expected = measured(small)
+    assert {cell: line["measured"] for cell, line in zip(cells, read_lines(tmp_path)[1:], strict=True)} == expected
+    assert {"report.html", "summary.md", "summary.json"} <= {file.name for file in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        "accelerate launch --multi_gpu --num_processes 2 --main_process_port 0",
+        "torchrun --standalone --nproc-per-node 2",
+    ],
+)
+def test_two_processes_give_what_one_gives(launch, tmp_path, small):
+    launcher, *options = launch.split()
+    executable = [str(Path(sys.executable).parent / launcher)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*executable, *options, *command(tmp_path)], check=True, capture_output=True, env=environment, timeout=300
+    )
+    lines = read_lines(tmp_path)
+    assert {json.dumps(line["cell"], sort_keys=True): line["measured"] for line in lines[1:]} == measured(small)
+    assert "2 processes" in (tmp_path / "summary.md").read_text()
+
+
+def test_tensor_parallel_gives_what_one_process_gives(tmp_path, small):
+    """Each process holds the caches of its own KV heads, which are counted together."""
+    launcher = str(Path(sys.executable).parent / "torchrun")
+    arguments = [launcher, "--standalone", "--nproc-per-node", "2", *command(tmp_path, "--tp-plan", "auto")]
+    subprocess.run(arguments, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    expected = measured(small)
+    lines = read_lines(tmp_path)[1:]
+    assert len(lines) == len(expected)
+    for line in lines:
+        alone = expected[json.dumps(line["cell"], sort_keys=True)]
+        for name, column in line["measured"].items():
+            assert column == (alone[name] if name == "prediction" else pytest.approx(alone[name]))
+
+
+# Reports --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_summary_by_hand():
+    """Three examples of two tasks; differences are taken example by example and tasks count alike."""
+    variants = [
+        Variant(),
+        *(Variant("knorm", merger=merger, compression_ratio=0.5) for merger in ("drop", "similarity")),
+    ]
+    scores = {"vt": ([1, 1, 1], [0, 1, 0], [1, 1, 0]), "fwe": ([1, 0, 1], [0, 0, 0], [0, 0, 1])}
+    results, cells = Results(None, {}), []
+    for task, of_variants in scores.items():
+        for variant, column in zip(variants, of_variants, strict=True):
+            cells.append({"task": task, "context_length": 99, "variant": variant.to_dict()})
+            nbytes = 100.0 if variant.is_full else 40.0
+            costs = {"bytes": [nbytes] * 3, "prefill_seconds": [1, 2, 3], "decoding_seconds": [2, 2, 2]}
+            counts = {"new_tokens": [4] * 3, "merged": [0.0] * 3, "dropped": [5.0] * 3, "prediction": ["x"] * 3}
+            results.add(cells[-1], {"score": column, **costs, **counts})
+    summary = Summary(results, cells)
+    full, dropped, merged = summary.rows(["vt", "fwe"], 99)
+    assert full.values["score"] == pytest.approx((1 + 2 / 3) / 2)
+    assert (full.lost, full.gained, full.share) == (None, None, 1)
+    assert dropped.lost.mean == pytest.approx((-2 / 3 - 2 / 3) / 2)
+    assert dropped.gained is None
+    assert merged.gained.mean == pytest.approx((1 / 3 + 1 / 3) / 2)
+    assert merged.lost.mean == pytest.approx(-1 / 3)
+    assert merged.share == 0.4
+    assert merged.examples == 6
+    (gain,) = [row.gained for row in summary.rows(["fwe"], 99) if row.gained]
+    low, high = bootstrap_interval(torch.tensor([0.0, 0.0, 1.0]))
+    assert (gain.low, gain.high) == (low, high)
+    lines = markdown(summary).splitlines()
+    assert lines[0] == "### 2 tasks of 99 tokens, 3 examples of each"
+    row = next(line for line in lines if line.startswith("| knorm similarity 50% |"))
+    assert row.split(" | ")[1:4] == ["0.500", merged.lost.text(3), merged.gained.text(3)]
+    assert row.split(" | ")[4:7] == ["40", "0.40", "2.000"]
+    assert "| knorm similarity 50% | 0.67 | 0.33 |" in lines
+
+
+def test_reports_are_written(tmp_path, small):
+    tables = write_reports(small, tmp_path)
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {
+        "summary.md",
+        "summary.json",
+        "report.html",
+        "score_against_bytes_180.png",
+        "gain_by_task_180.png",
+    }
+    assert (tmp_path / "score_against_bytes_180.png").read_bytes().startswith(b"\x89PNG")
+    assert tables in (tmp_path / "summary.md").read_text()
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert len(summary["by_task"]) == 9
+    assert [row["cache"] for row in summary["over_all_tasks"]] == [variant.label for variant in small.config.variants]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert not re.search(r"""(src|href)=["']https?:""", page)  # opens offline
+    for variant in small.config.variants:
+        assert page.count(variant.label) >= 3
+    example = small.examples["vt", 180][0]
+    assert example.context in page
+    figure = score_against_bytes(Summary(small.results, small.cells), 180)
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    row = Summary(small.results, small.cells).row(SMALL["tasks"], 180, small.config.variants[2])
+    assert lines["keydiff similarity"].get_xdata()[0] == row.share
+    assert lines["keydiff similarity"].get_ydata()[0] == row.values["score"]
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ("--tasks niah", "unknown task 'niah'; choose of .*niah_single_1"),
+        ("--scorers snap", "unknown scorer 'snap'; choose one of"),
+        ("--mergers auto none", "unknown merger 'none'"),
+        ("--budgets even", "unknown budget 'even'"),
+        ('--mergers {"name":"mass","share":1}', "does not take {'share': 1}"),
+        ("--mergers {mass}", "is no JSON"),
+        ("--compression-ratios 1.5", "compression_ratio is 1.5"),
+        ("--max-tokens 0", "max_tokens is 0"),
+        ("--quantize quanto-3", "quantize='quanto-3'|nbits"),
+        ("--quantize int8", "int8"),
+        ("--quantize quanto-four", "give 'none', or a backend and bits"),
+        ("--context-length 4096", "context_length is 4096, but the shipped needle model allows at most 1024"),
+        ("--context-length 1024 --tasks niah_multikey_2", "different words of the needle model are needed"),
+        ("--context-length 60 --tasks cwe", "cwe takes at least 80 tokens, and the context length is 60"),
+        ("--context-length 200 --depth 2", "depth is 2.0; it must be at most 1"),
+        ("--examples 0", "examples is 0; it must be at least 1"),
+        ("--model no/such/model", "there is no model 'no/such/model'"),
+        ("--haystack nowhere.txt", "haystack is 'nowhere.txt', and there is no such file"),
+        ("--text nowhere.txt", "text is 'nowhere.txt'"),
+        ("--data nowhere.jsonl", "there is no file nowhere.jsonl"),
+        ("--config nowhere.json", "nowhere.json could not be read as options in JSON"),
+        ("--chat", "chat is True, but .* has no chat template"),
+        ("--device-map auto --tp-plan auto", "device_map and tp_plan are both given"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_any_work(arguments, complaint, monkeypatch, capsys):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **options: pytest.fail("work began"))
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments.split())
+    assert stopped.value.code == 2
+    assert re.search(complaint, capsys.readouterr().err)
+
+
+def test_a_text_that_is_too_short_is_refused(tmp_path):
+    (tmp_path / "text.txt").write_text("fox " * 10)
+    with pytest.raises(ValueError, match="has 10 tokens, fewer than the context length of 180"):
+        Evaluation(EvaluationConfig(**SMALL | {"text": str(tmp_path / "text.txt")}))
+
+
+def test_another_setting_needs_another_output(tmp_path):
+    Evaluation(EvaluationConfig(**SMALL), tmp_path).results.add({"task": "x"}, {})
+    more = SMALL | {"scorers": ["knorm", "keydiff"], "tasks": ["vt"]}
+    Evaluation(EvaluationConfig(**more), tmp_path)  # more or fewer cells are no other setting
+    with pytest.raises(ValueError, match=r"measured with seed=0, and this run is to be with seed=3"):
+        Evaluation(EvaluationConfig(**SMALL | {"seed": 3}), tmp_path)
+
+
+# Options --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line_comes_before_the_file(tmp_path, monkeypatch):
+    seen = {}
+
+    def stop(config, output):
+        seen["config"] = config
+        raise InterruptedError
+
+    monkeypatch.setattr("merging_cache.evaluation.__main__.Evaluation", stop)
+    (tmp_path / "options.json").write_text(json.dumps({"seed": 5, "examples": 7, "budgets": ["adakv"]}))
+    with pytest.raises(InterruptedError):
+        main(["--config", str(tmp_path / "options.json"), "--examples", "3", "--question-in-context"])
+    expected = EvaluationConfig(seed=5, examples=3, budgets=["adakv"], question_in_context=True)
+    assert seen["config"] == expected
+    (tmp_path / "options.json").write_text('{"sead": 5}')
+    with pytest.raises(SystemExit):
+        main(["--config", str(tmp_path / "options.json")])
+
+
+def test_grids_are_several_products():
+    config = EvaluationConfig(
+        scorers=["knorm"],
+        compression_ratios=[0.25, 0.875],
+        grids=[
+            {"mergers": ["similarity"]},
+            {"scorers": ["keydiff"], "budgets": ["adakv"], "compression_ratios": [0.5]},
+        ],
+        mergers=["auto"],
+    )
+    assert [variant.label for variant in config.variants] == [
+        "full cache",
+        "knorm drop 25%",
+        "knorm similarity 25%",
+        "knorm drop 87.5%",
+        "knorm similarity 87.5%",
+        "keydiff adakv drop 50%",
+        "keydiff adakv auto 50%",
+    ]
+    with pytest.raises(ValueError, match="a grid names 'examples'"):
+        EvaluationConfig(grids=[{"examples": 3}])
+
+
+def test_every_option_of_the_config_has_a_flag():
+    import dataclasses
+
+    from merging_cache.evaluation.__main__ import build_parser
+
+    flags = {action.dest for action in build_parser()._actions}
+    fields = {field.name for field in dataclasses.fields(EvaluationConfig)}
+    assert fields - flags == {"grids"}
+    assert flags - fields == {"help", "config", "output"}
+
+
+def test_chat_templates_stand_around_the_context(small, monkeypatch):
+    evaluation = Evaluation(EvaluationConfig(**SMALL))
+    evaluation.tokenizer.chat_template = (
+        "{% for message in messages %}vote for {{ message['content'] | trim }} end {% endfor %}"
+        "{% if add_generation_prompt %}passage begins{% endif %}"
+    )
+    encoder = Encoder(evaluation.tokenizer, chat=True)
+    example = evaluation.examples["vt", 180][0]
+    encoded = encoder(example)
+    text = evaluation.tokenizer.decode(encoded.read + encoded.asked)
+    assert text == f"vote for {example.context}{example.question} end passage begins"
+
+
+def test_the_grid_of_the_pull_request_is_a_config():
+    path = Path(__file__).parents[1] / "examples" / "ruler_qwen3_8b.json"
+    config = EvaluationConfig.from_dict(EvaluationConfig.read_options(path))
+    labels = [variant.label for variant in config.variants]
+    assert len(labels) == 1 + 4 * 4 * (1 + 2 + 2) + 4 * 2
+    assert {f"knorm {merger} 75%" for merger in ("drop", "similarity", "auto")} < set(labels)
+    assert "expected_attention adakv similarity(merge_fraction=0.75) 88%" in labels
+    assert "kvzap(weights='nvidia/KVzap-mlp-Qwen3-8B') threshold(threshold=-4.0) auto" in labels
+    assert all(variant.is_full or variant.merging.sink_tokens == 0 for variant in config.variants)
+    assert (config.lengths, config.examples, config.seed) == ((4096,), 50, 42)
+
+
+def test_a_model_spread_by_accelerate_gives_what_it_gives_in_one_piece(small):
+    evaluation = Evaluation(EvaluationConfig(**SMALL, device_map="auto"))
+    evaluation.run(progress=False)
+    assert measured(evaluation) == measured(small)
