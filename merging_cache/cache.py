@@ -82,6 +82,8 @@ class MergingDynamicCache(DynamicCache):
         self.merging = resolve_config(merging, options)
         self._padding = Padding(attention_mask)
         self._recording = False
+        if not isinstance(trace, bool):
+            raise TypeError(f"trace is {trace!r}; it must be True or False")
         self._traced = trace
         linked = model is not None and can_link(model) and config.model_type not in REPEATS_HEADS
         self._fold = fold = self.merging.build(linked)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .stage import check_number
+
 if TYPE_CHECKING:
     from .cache import MergingDynamicCache
 
@@ -103,6 +105,7 @@ def plot_merges(
 
     Raises:
         ValueError: if the cache is empty, has no such row, or has seen more tokens than were given.
+        TypeError: if tokens are no strings.
         ImportError: if matplotlib is not installed.
 
     Example:
@@ -117,7 +120,10 @@ def plot_merges(
         >>> len(figure.axes)  # two layers and a colour bar
         3
     """
+    check_number("row", row, int)
     fates = Fates.of(cache, row)
+    if tokens is not None and (isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens)):
+        raise TypeError(f"tokens is {type(tokens).__name__}; give a list of strings, a string for each token")
     if tokens is not None and len(tokens) < fates.num_tokens:
         raise ValueError(
             f"{len(tokens)} tokens were given, but row {row} of the cache holds {fates.num_tokens}, padding not counted"
@@ -125,7 +131,7 @@ def plot_merges(
     if html is not None:
         if tokens is None:
             raise ValueError("the page shows the text, so it needs tokens=")
-        Path(html).write_text(page(fates, tokens[: fates.num_tokens]), encoding="utf-8")
+        Path(html).write_text(text_page(fates, tokens[: fates.num_tokens]), encoding="utf-8")
     return draw(fates, tokens)
 
 
@@ -144,8 +150,7 @@ def draw(fates: Fates, tokens: Sequence[str] | None = None) -> Any:
         stays = holders == torch.arange(count)
         picture = torch.from_numpy(colours(norm(holders.clamp_min(0).numpy())))
         picture[..., 3] = torch.where(stays, 1.0, 0.35)
-        picture[holders == DROPPED] = torch.tensor([0.86, 0.86, 0.86, 1.0], dtype=picture.dtype)
-        picture[holders == UNKNOWN] = torch.tensor([0.86, 0.86, 0.86, 1.0], dtype=picture.dtype)
+        picture[holders < 0] = torch.tensor([0.86, 0.86, 0.86, 1.0], dtype=picture.dtype)
         panel.imshow(picture.numpy(), aspect="auto", interpolation="nearest")
         if count <= 4 * LABELLED:
             heads, columns = stays.nonzero().T
@@ -156,7 +161,7 @@ def draw(fates: Fates, tokens: Sequence[str] | None = None) -> Any:
         if panel is not panels[-1] or named:
             panel.set_xticks([])
     if named:
-        panels[-1].set_xticks(range(count), tokens[:count], rotation=90, fontsize=6)
+        panels[-1].set_xticks(range(count), tokens[:count], rotation=90, fontsize=6, parse_math=False)
     else:
         panels[-1].set_xlabel("position", fontsize=8)
     went = "pale: merged into the slot of that colour, grey: dropped" if fates.traced else "grey: evicted"
@@ -167,7 +172,7 @@ def draw(fates: Fates, tokens: Sequence[str] | None = None) -> Any:
     return figure
 
 
-def page(fates: Fates, tokens: Sequence[str]) -> str:
+def text_page(fates: Fates, tokens: Sequence[str]) -> str:
     """The page: the text, and what became of each token in a layer and head of the reader's choice."""
     holders = {layer: of_heads.tolist() for layer, of_heads in zip(fates.layers, fates.holders, strict=True)}
     return render(__package__, "picture.html", tokens=list(tokens), holders=holders, traced=fates.traced)

@@ -25,7 +25,8 @@ class LayerReport:
         tokens_seen: tokens of every row, padding included.
         slots: keys stored per row and head, the tail included: the mean, rounded, where heads have different numbers.
         tokens_merged, tokens_dropped: evicted tokens that were folded into a survivor, and that were not: the mean over
-            rows and heads.
+            rows and heads. A token counts as merged once it was, unless slots have mass: then those that a later fold
+            drops with their slot count as dropped.
         bytes_now: bytes held, positions and scales included.
         bytes_full: bytes that `DynamicCache` would hold.
         merger: what becomes of the evicted, with the options that are not its defaults; `"-"` where nothing folds.
@@ -83,7 +84,7 @@ class CacheReport:
         """A matplotlib figure of which tokens survived and where the others went; see `plot_merges`.
 
         Raises:
-            ValueError: if the cache is gone, or has gone on, since the report was made.
+            ValueError: if the cache is gone since the report was made, or would give another one now.
         """
         cache = None if self.cache is None else self.cache()
         if cache is None or report_layers(cache.layers) != self:

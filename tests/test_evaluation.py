@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from merging_cache.evaluation.metrics import (
 from merging_cache.evaluation.plots import score_against_bytes
 from merging_cache.evaluation.results import Results
 from merging_cache.evaluation.run import shipped_model
+from merging_cache.evaluation.summary import Difference
 from merging_cache.evaluation.tables import markdown
 
 SMALL = {
@@ -200,7 +202,7 @@ def test_text_is_measured_against_the_full_cache(tmp_path):
     evaluation.run(progress=False)
     model = AutoModelForCausalLM.from_pretrained(shipped_model()).eval()
     for variant in evaluation.config.variants:
-        cell = {"task": "text", "context_length": 180, "text": str(tmp_path / "text.txt"), "variant": variant.to_dict()}
+        (cell,) = [c for c in evaluation.cells if c["task"] == "text" and c["variant"] == variant.to_dict()]
         columns = evaluation.results[cell]
         for window, loss, divergence in zip(evaluation.windows[180], columns["loss"], columns["kl"], strict=True):
             ids = torch.tensor([window])
@@ -260,12 +262,14 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, small):
 @pytest.mark.parametrize(
     "launch",
     [
-        "accelerate launch --multi_gpu --num_processes 2 --main_process_port 0",
+        "accelerate launch --multi_gpu --num_processes 2 --main_process_port {port}",
         "torchrun --standalone --nproc-per-node 2",
     ],
 )
 def test_two_processes_give_what_one_gives(launch, tmp_path, small):
-    launcher, *options = launch.split()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        launcher, *options = launch.format(port=free.getsockname()[1]).split()
     executable = [str(Path(sys.executable).parent / launcher)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(
@@ -321,6 +325,8 @@ def test_a_summary_by_hand():
     (gain,) = [row.gained for row in summary.rows(["fwe"], 99) if row.gained]
     low, high = bootstrap_interval(torch.tensor([0.0, 0.0, 1.0]))
     assert (gain.low, gain.high) == (low, high)
+    assert Difference.between([torch.tensor([1.0])], [torch.tensor([0.0])]).low == 1
+    assert not Difference.between([torch.tensor([1.0])], [torch.tensor([0.0])]).is_sure  # one example tells nothing
     lines = markdown(summary).splitlines()
     assert lines[0] == "### 2 tasks of 99 tokens, 3 examples of each"
     row = next(line for line in lines if line.startswith("| knorm similarity 50% |"))
@@ -330,8 +336,9 @@ def test_a_summary_by_hand():
 
 
 def test_reports_are_written(tmp_path, small):
-    tables = write_reports(small, tmp_path)
+    tables, named = write_reports(small, tmp_path)
     files = {path.name for path in tmp_path.iterdir()}
+    assert set(named) == files | {"results.jsonl"}
     assert files == {
         "summary.md",
         "summary.json",
@@ -364,7 +371,7 @@ def test_reports_are_written(tmp_path, small):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ("--tasks niah", "unknown task 'niah'; choose of .*niah_single_1"),
+        ("--tasks niah", "tasks is 'niah'; choose one of .*niah_single_1"),
         ("--scorers snap", "unknown scorer 'snap'; choose one of"),
         ("--mergers auto none", "unknown merger 'none'"),
         ("--budgets even", "unknown budget 'even'"),
@@ -411,6 +418,126 @@ def test_another_setting_needs_another_output(tmp_path):
         Evaluation(EvaluationConfig(**SMALL | {"seed": 3}), tmp_path)
 
 
+def test_a_file_that_changed_is_another_setting(tmp_path):
+    (tmp_path / "data").mkdir()
+    record = {
+        "context": "code fox 1000 .",
+        "question": " question : code fox",
+        "answer": "1000",
+        "task": "niah_single_1",
+    }
+    data = tmp_path / "data" / "one.jsonl"
+    data.write_text(json.dumps(record))
+    options = {"data": str(data.parent), "scorers": ["knorm"], "compression_ratios": [0.5]}
+    evaluation = Evaluation(EvaluationConfig(**options), tmp_path)
+    assert list(evaluation.examples) == [("niah_single_1", 4 + 4 + 128)]
+    evaluation.results.add({"task": "x"}, {})
+    Evaluation(EvaluationConfig(**options), tmp_path)
+    data.write_text(json.dumps(record | {"answer": "1037"}))
+    with pytest.raises(ValueError, match="was measured with data="):
+        Evaluation(EvaluationConfig(**options), tmp_path)
+
+
+def test_a_setting_of_which_nothing_was_measured_gives_way(tmp_path):
+    Evaluation(EvaluationConfig(**SMALL), tmp_path)
+    evaluation = Evaluation(EvaluationConfig(**SMALL | {"seed": 3}), tmp_path)
+    evaluation.results.add({"task": "x"}, {})
+    assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])["setting"]["seed"] == 3
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "results.jsonl is a folder"])
+def test_an_output_that_cannot_be_is_refused(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    output = tmp_path / place.split(" is ")[0]
+    if "is a folder" in place:
+        (tmp_path / "results.jsonl").mkdir()
+        output = tmp_path
+    with pytest.raises(SystemExit):
+        main(["--examples", "1", "--tasks", "vt", "--context-length", "180", "--output", str(output)])
+    assert str(output) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "complaint"),
+    [
+        ({"question_in_context": "no"}, TypeError, "question_in_context is 'no'; it must be True or False"),
+        ({"chat": "no"}, TypeError, "chat is 'no'"),
+        ({"examples": "3"}, TypeError, "examples is '3'; it must be an integer"),
+        ({"scorers": "knorm"}, TypeError, "scorers is 'knorm'; give a list"),
+        ({"scorers": []}, ValueError, "scorers is an empty list"),
+        ({"scorers": [None]}, ValueError, "scorers holds null"),
+        ({"tasks": []}, ValueError, "tasks is an empty list"),
+        ({"mergers": None}, TypeError, "mergers is None; give a list"),
+        ({"compression_ratios": 0.5}, TypeError, "compression_ratios is 0.5; give a list"),
+        ({"quantize": [4]}, TypeError, "quantize is 4"),
+        ({"max_tokens": [None]}, ValueError, "max_tokens holds null"),
+        ({"context_length": "512"}, TypeError, "context_length is '512'; give a list"),
+        ({"grids": [3]}, TypeError, "grids holds 3"),
+        ({"data": ""}, ValueError, "data is empty; leave it out instead"),
+        ({"haystack": 3}, TypeError, "haystack is 3; it must be a string"),
+        ({"dtype": "float17"}, ValueError, "dtype is 'float17'"),
+        ({"depth": -1}, ValueError, "depth is -1; it must be at least 0"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_refused(options, error, complaint):
+    with pytest.raises(error, match=complaint):
+        EvaluationConfig(**options)
+
+
+def test_what_the_model_cannot_do_is_said_before_anything_is_measured(tmp_path, capsys):
+    arguments = [
+        "--examples",
+        "2",
+        "--tasks",
+        "vt",
+        "--context-length",
+        "180",
+        "--compression-ratios",
+        "0.5",
+        "--mergers",
+        "drop",
+        "--scorers",
+    ]
+    for scorer, complaint in (
+        ('{"name": "kvzap", "weights": "/no/such/folder"}', "/no/such/folder"),
+        ("keydiff --attn-implementation none", "none"),
+        ('keydiff --budgets {"name":"per_layer","weights":[1,2]}', "weights"),
+    ):
+        named = [scorer] if scorer.startswith("{") else scorer.split()
+        with pytest.raises(SystemExit):
+            main([*arguments, *named, "--output", str(tmp_path)])
+        assert complaint in capsys.readouterr().err
+        assert (tmp_path / "results.jsonl").read_text().count("\n") == 1
+
+
+def test_generation_is_greedy_whatever_the_model_says(tmp_path, small):
+    """A model's own generation config may hold penalties and beams; they are none of the cache's."""
+    for path in shipped_model().iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "generation_config.json").read_text())
+    config |= {"repetition_penalty": 50.0, "num_beams": 3, "min_new_tokens": 3, "do_sample": True, "temperature": 9.0}
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    evaluation = Evaluation(EvaluationConfig(**SMALL, model=str(tmp_path)))
+    evaluation.run(progress=False)
+    assert measured(evaluation) == measured(small)
+
+
+def test_random_scores_are_the_same_for_every_merger():
+    config = EvaluationConfig(**SMALL | {"scorers": ["random"], "seed": 3})
+    assert {variant.merging.scorer["seed"] for variant in config.variants[1:]} == {3}
+
+
+def test_each_answer_has_its_own_limit(tmp_path):
+    records = [
+        {"context": "code fox 1000 .", "question": " question : code fox", "answer": "1000", "task": "cwe"} | limit
+        for limit in ({"max_new_tokens": 1}, {"max_new_tokens": 6})
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    evaluation = Evaluation(EvaluationConfig(data=str(tmp_path / "data.jsonl"), compression_ratios=[]))
+    columns = evaluation.run(progress=False)[evaluation.cells[0]]
+    assert len(columns["prediction"][0].split()) == 1
+
+
 # Options --------------------------------------------------------------------------------------------------------------
 
 
@@ -419,11 +546,11 @@ def test_the_command_line_comes_before_the_file(tmp_path, monkeypatch):
 
     def stop(config, output):
         seen["config"] = config
-        raise InterruptedError
+        raise RuntimeError
 
     monkeypatch.setattr("merging_cache.evaluation.__main__.Evaluation", stop)
     (tmp_path / "options.json").write_text(json.dumps({"seed": 5, "examples": 7, "budgets": ["adakv"]}))
-    with pytest.raises(InterruptedError):
+    with pytest.raises(RuntimeError):
         main(["--config", str(tmp_path / "options.json"), "--examples", "3", "--question-in-context"])
     expected = EvaluationConfig(seed=5, examples=3, budgets=["adakv"], question_in_context=True)
     assert seen["config"] == expected

@@ -210,6 +210,14 @@ def test_what_cannot_be_shown_is_said(traced):
         plot_merges(traced, row=1)
     with pytest.raises(ValueError, match="59 tokens were given, but row 0 of the cache holds 60"):
         plot_merges(traced, WORDS[:59])
+    for wrong in ("x" * 60, list(range(60)), torch.arange(60)):
+        with pytest.raises(TypeError, match="give a list of strings"):
+            plot_merges(traced, wrong)
+    with pytest.raises(TypeError, match="row is True"):
+        plot_merges(traced, row=True)
+    with pytest.raises(TypeError, match="trace is 'no'"):
+        MergingDynamicCache(config=llama().config, trace="no")
+    plot_merges(traced, ["$\\foo$"] * 60).canvas.draw()  # text, not mathematics
     with pytest.raises(ValueError, match="it needs tokens="):
         plot_merges(traced, html="page.html")
     model = llama()

@@ -236,7 +236,7 @@ def test_the_other_tasks_are_as_defined(english, count_tokens):
     assert len(chain) == 5
     assert [value for _, value in chain[1:]] == vt.answers[:-1]
     assert re.fullmatch(r"[1-9]\d{4}", chain[0][1])
-    assert "5 variables are assigned the value" in vt.answer_prefix
+    assert "5 variables are assgined the value" in vt.answer_prefix  # RULER's own spelling
     assert len(re.findall(r"VAR [A-Z]{3} =", vt.context)) == 5  # the solved example
     assert vt.max_new_tokens == 30
 
@@ -292,6 +292,25 @@ def test_the_noise_is_rulers_own(english, count_tokens):
     (needle,) = [text for text in lines if not line.startswith(text)]
     assert needle == f"One of the special magic numbers for {key} is: {example.answers[0]}."
     assert example.context.startswith("A special magic number is hidden within the following text. Make sure to ")
+
+
+def test_too_few_documents_are_refused(english, tmp_path):
+    data = json.loads(english.files["squad"].read_text())["data"]
+    for articles in (data[:1], data[:3]):
+        (tmp_path / "squad.json").write_text(json.dumps({"data": articles}))
+        with pytest.raises(ValueError, match=r"qa_1 of 4096 tokens: there are only \d+ documents"):
+            fit("qa_1", English(squad=tmp_path / "squad.json"), count_words, 4096)
+
+
+@pytest.mark.parametrize("length", [100, 130, 160, 220])
+def test_frequent_words_are_frequent_in_short_texts_too(length):
+    for index in range(10):
+        example = fit("fwe", NeedleWords(), count_words, length, index=index)
+        counts = Counter(example.context.split()[1:-1]).most_common(5)
+        assert [word for word, _ in counts[1:4]] == example.answers
+        assert counts[3][1] > (counts[4][1] if len(counts) > 4 else 0)
+    with pytest.raises(ValueError, match="fwe takes at least"):
+        fit("fwe", NeedleWords(), count_words, 60)
 
 
 def test_zeta_is_riemanns():
@@ -383,7 +402,19 @@ def test_ready_made_examples_are_read_from_files(tmp_path):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ('{"task": "longbench", "context": "x"}', "task 'longbench'"),
+        ('{"task": "longbench", "context": "x"}', "data.jsonl, record 1: its task is 'longbench'"),
+        ("[1]", "record 1: it is .*; expected an object"),
+        ("", "holds no example"),
+        ('{"task": "vt", "context": "", "question": "y", "answer": "z"}', "its context is empty"),
+        ('{"task": "vt", "context": "x", "question": "y", "answer": []}', "its answer is"),
+        ('{"task": "vt", "context": "x", "question": "y", "answer": [1]}', "its answer is .1.; expected a string"),
+        ('{"task": "vt", "context": "x", "question": "y", "answer": ""}', "its answer is"),
+        ('{"task": "vt", "context": "x", "question": "y"}', "its answer is None"),
+        ('{"task": "vt", "context": "x", "question": 3, "answer": "z"}', "its question is 3"),
+        (
+            '{"task": "vt", "context": "x", "question": "y", "answer": "z", "max_new_tokens": -3}',
+            "max_new_tokens is -3",
+        ),
         ('{"task": "vt", "text": "x"}', r"columns \['task', 'text'\]"),
         ('{"task": "vt", "input": "x", "outputs": ["y"]}', "has no question"),
         ("{", "JSON lines"),

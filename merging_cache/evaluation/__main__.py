@@ -29,7 +29,7 @@ from ..budgets import BUDGETS
 from ..mergers import MERGERS
 from ..scorers import SCORERS
 from .config import EvaluationConfig
-from .page import page
+from .page import report_page
 from .plots import save_plots
 from .ruler import RULER
 from .run import Evaluation
@@ -98,40 +98,43 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device-map", help="auto: spread the weights over the GPUs there are")
     add("--tp-plan", help="auto: tensor parallel, under torchrun")
     add("--config", help="a JSON file of these options; those given here come first")
-    add("--output", type=Path, help="a folder for results and reports; without one they are only printed")
+    add("--output", help="a folder for results and reports; without one they are only printed")
     return parser
 
 
-def write_reports(evaluation: Evaluation, output: Path | None) -> str:
-    """Write everything to the folder; returns the tables.
+def write_reports(evaluation: Evaluation, output: Path | None) -> tuple[str, list[str]]:
+    """Write everything to the folder; returns the tables, and the names of the files.
 
     Writes `summary.md`, `summary.json`, `report.html` and, where matplotlib is installed, the pictures as PNG.
     """
     summary = Summary(evaluation.results, evaluation.cells)
     tables = markdown(summary)
     if output is None:
-        return tables
+        return tables, []
     facts = describe_run(evaluation)
     title = f"What a cache costs in answers: {evaluation.name}"
-    (output / "summary.md").write_text(f"# {title}\n\n{facts}\n\n{tables}", encoding="utf-8")
-    (output / "summary.json").write_text(
-        json.dumps({"run": facts} | summary.to_dict(), indent=1) + "\n", encoding="utf-8"
-    )
     figures = save_plots(summary, output) if find_spec("matplotlib") else {}
-    (output / "report.html").write_text(page(summary, figures, evaluation.examples, title, facts), encoding="utf-8")
-    return tables
+    texts = {
+        "summary.md": f"# {title}\n\n{facts}\n\n{tables}",
+        "summary.json": json.dumps({"run": facts} | summary.to_dict(), indent=1) + "\n",
+        "report.html": report_page(summary, figures, evaluation.examples, title, facts),
+    }
+    for name, text in texts.items():
+        (output / name).write_text(text, encoding="utf-8")
+    return tables, ["results.jsonl", *texts, *figures]
 
 
 def describe_run(evaluation: Evaluation) -> str:
-    """One sentence: how, where and when."""
-    config = evaluation.config
+    """How, where and when, in a few sentences."""
+    config, processes = evaluation.config, evaluation.state.num_processes
     device = torch.cuda.get_device_name() if evaluation.state.device.type == "cuda" else platform.machine() + " CPU"
     asked = "read before the fold" if config.question_in_context else "asked after the fold"
-    processes = evaluation.state.num_processes
+    depth = "" if config.depth is None else f", needles at {config.depth:.0%} of the haystack"
+    loaded = "" if config.dtype == "auto" else f" {config.dtype},"
     return (
-        f"Questions {asked}, {config.examples} examples of each task, {config.batch_size} at a time, "
-        f"seed {config.seed}; "
-        f"{'1 process' if processes == 1 else f'{processes} processes'} on {device}, "
+        f"Questions {asked}{depth}, {config.batch_size} at a time, seed {config.seed}; the first {config.sink_tokens} "
+        f"and last {config.recent_tokens} tokens always kept. Seconds, bytes and counts are means over a batch. "
+        f"{'1 process' if processes == 1 else f'{processes} processes'} on {device},{loaded} "
         f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, {date.today()}."
     )
 
@@ -140,22 +143,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     parser = build_parser()
     given = vars(parser.parse_args(arguments))
-    output = given.pop("output", None)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         options = EvaluationConfig.read_options(given.pop("config")) if "config" in given else {}
-        evaluation = Evaluation(EvaluationConfig.from_dict(options | given), output)
-    except (ValueError, TypeError) as error:
+        options |= given
+        output = options.pop("output", None)
+        if output is not None:
+            output = Path(output)
+            output.mkdir(parents=True, exist_ok=True)
+        evaluation = Evaluation(EvaluationConfig.from_dict(options), output)
+        evaluation.prepare()
+    except (ValueError, TypeError, ImportError, OSError) as error:
         parser.error(str(error))
-    evaluation.run()
-    if not evaluation.state.is_main_process:
-        return
-    print(f"\n{evaluation.name}. {describe_run(evaluation)}\n\n{write_reports(evaluation, output)}")
-    if output is not None:
-        print(f"written to {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
-        if not find_spec("matplotlib"):
-            print("matplotlib is not installed: no pictures (pip install 'merging_cache[plot]')", file=sys.stderr)
+    stopped = False
+    try:
+        evaluation.run()
+    except KeyboardInterrupt:
+        stopped = True
+    if evaluation.state.is_main_process:
+        tables, files = write_reports(evaluation, output)
+        print(f"\n{evaluation.name}. {describe_run(evaluation)}\n\n{tables}")
+        if files:
+            print(f"written to {output}: {', '.join(files)}")
+            if not find_spec("matplotlib"):
+                print("matplotlib is not installed: no pictures (pip install 'merging_cache[plot]')", file=sys.stderr)
+    if stopped:
+        sys.exit("stopped; the same command with the same --output goes on from here" if output else "stopped")
 
 
 if __name__ == "__main__":

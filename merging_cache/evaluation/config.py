@@ -1,12 +1,15 @@
 """EvaluationConfig: what is to be measured, checked before any work starts."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..budgets import BUDGETS
 from ..budgets.threshold import ThresholdBudget
@@ -15,7 +18,8 @@ from ..config import MergingConfig
 from ..mergers import MERGERS, QUERY_SOURCES
 from ..quantized import make_backend
 from ..scorers import SCORERS
-from ..stage import Spec, check_number, summarize_stage
+from ..stage import Spec, check_choice, check_number, check_options, option, summarize_stage
+from .results import key_of
 from .ruler import RULER
 
 FULL = "full cache"
@@ -55,6 +59,11 @@ class Variant:
         return MergingConfig(**fields)
 
     @property
+    def merges(self) -> bool:
+        """Whether anything becomes of the evicted."""
+        return self.merger not in (None, "drop")
+
+    @property
     def dropping(self) -> "Variant":
         """The same without merging: what the gain of merging is taken against."""
         return self if self.is_full else dataclasses.replace(self, merger="drop")
@@ -73,7 +82,7 @@ class Variant:
     @property
     def size(self) -> str:
         """How much is evicted, as people say it; nothing where that is up to the scores."""
-        if isinstance(self.merging.build().budget, ThresholdBudget):
+        if self.compression_ratio is None and self.max_tokens is None:
             return ""
         return f"{100 * self.compression_ratio:g}%" if self.max_tokens is None else f"{self.max_tokens} tokens"
 
@@ -108,6 +117,8 @@ def parse_quantize(name: str) -> tuple[str, int | None]:
     Raises:
         ValueError: for an unknown backend or number of bits.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"quantize is {name!r}; give 'none', or a backend and bits, such as 'quanto-4'")
     backend, _, bits = name.partition("-")
     if bits and not bits.isdigit():
         raise ValueError(f"quantize is {name!r}; give 'none', or a backend and bits, such as 'quanto-4'")
@@ -132,12 +143,14 @@ class EvaluationConfig:
             shipped model, else 4096.
         scorers, budgets, mergers: names, or dicts with a name and options; `None` as a budget is the scorer's own.
             `"drop"` is always measured, since merging is judged against it.
-        compression_ratios, max_tokens: sizes of the cache; both kinds may be given.
+        compression_ratios, max_tokens: sizes of the cache; both kinds may be given, or neither: the full cache only.
         quantize: `"none"`, or backend and bits, such as `"quanto-4"`.
-        grids: instead of one product of these seven, several: dicts with any of them.
+        grids: instead of one product of these six, several: dicts with any of them.
         examples: how many of each task.
         question_in_context: whether the question is read before the fold, so that scorers know it.
-        batch_size: examples read and answered at a time, padded on the left.
+        batch_size: examples read and answered at a time, those of like lengths together, padded on the left. A ratio
+            counts padding (see the README), so where lengths differ it gives short rows more slots than they would have
+            alone; with a batch size of 1, or with `max_tokens`, it does not.
         seed: from which everything random is drawn.
         sink_tokens, recent_tokens: first and last tokens that always keep their slots, as in `MergingConfig`.
         depth: share of the haystack before a needle, in [0, 1]; random if `None`, as in RULER.
@@ -163,13 +176,13 @@ class EvaluationConfig:
     max_tokens: Sequence[int] = ()
     quantize: Sequence[str] = (DENSE,)
     grids: Sequence[Mapping[str, Any]] = ()
-    examples: int = 40
+    examples: int = option(40, minimum=1)
     question_in_context: bool = False
-    batch_size: int = 10
-    seed: int = 0
-    sink_tokens: int = 4
-    recent_tokens: int = 32
-    depth: float | None = None
+    batch_size: int = option(10, minimum=1)
+    seed: int = option(0)
+    sink_tokens: int = option(4, minimum=0)
+    recent_tokens: int = option(32, minimum=0)
+    depth: float | None = option(None, minimum=0, maximum=1)
     haystack: str | None = None
     squad: str | None = None
     hotpotqa: str | None = None
@@ -183,22 +196,25 @@ class EvaluationConfig:
     tp_plan: str | None = None
 
     SWEPT = ("scorers", "budgets", "mergers", "compression_ratios", "max_tokens", "quantize")
+    FILES = ("haystack", "squad", "hotpotqa", "text")
 
     def __post_init__(self) -> None:
-        check_number("examples", self.examples, int, minimum=1)
-        check_number("batch_size", self.batch_size, int, minimum=1)
-        check_number("seed", self.seed, int)
-        if self.depth is not None:
-            check_number("depth", self.depth, float, minimum=0, maximum=1)
+        check_options(self)
         for length in self.lengths:
             check_number("context_length", length, int, minimum=16)
-        for task in self.tasks or ():
-            if task not in RULER:
-                raise ValueError(f"unknown task {task!r}; choose of {list(RULER)}")
-        for name in ("haystack", "squad", "hotpotqa", "text"):
+        if self.tasks is not None:
+            check_list("tasks", self.tasks)
+            for task in self.tasks:
+                check_choice("tasks", task, tuple(RULER))
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) == "":
+                raise ValueError(f"{field.name} is empty; leave it out instead")
+        for name in self.FILES:
             path = getattr(self, name)
             if path is not None and not Path(path).is_file():
                 raise ValueError(f"{name} is {str(path)!r}, and there is no such file")
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"dtype is {self.dtype!r}; give 'auto' or the name of one of torch's, such as 'bfloat16'")
         if self.device_map is not None and self.tp_plan is not None:
             raise ValueError("device_map and tp_plan are both given, but each says where the weights go; leave one out")
         self.variants  # noqa: B018  (raises for what cannot be built)
@@ -208,35 +224,51 @@ class EvaluationConfig:
         """The context lengths."""
         if self.context_length is None:
             return (512,) if self.model is None else (4096,)
-        return tuple(self.context_length) if isinstance(self.context_length, Sequence) else (self.context_length,)
+        if isinstance(self.context_length, int):
+            return (self.context_length,)
+        check_list("context_length", self.context_length)
+        return tuple(dict.fromkeys(self.context_length))
 
     @property
     def variants(self) -> list[Variant]:
         """The full cache, then every cache of the sweep, each once."""
-        found = {Variant().label: Variant()}
+        found = {key_of({}): Variant()}
+        check_list("grids", self.grids, least=0)
         for grid in self.grids or ({},):
+            if not isinstance(grid, Mapping):
+                raise TypeError(f"grids holds {grid!r}; a grid is a dict with any of {list(self.SWEPT)}")
             unknown = [name for name in grid if name not in self.SWEPT]
             if unknown:
                 raise ValueError(f"a grid names {unknown[0]!r}; it may name {list(self.SWEPT)}")
-            for variant in self._product(*({name: getattr(self, name) for name in self.SWEPT} | dict(grid)).values()):
-                found.setdefault(variant.label, variant)
+            for variant in self._product(**{name: grid.get(name, getattr(self, name)) for name in self.SWEPT}):
+                found.setdefault(key_of(variant.to_dict()), variant)
         return list(found.values())
 
-    def _product(self, scorers, budgets, mergers, ratios, max_tokens, quantize) -> Iterator[Variant]:
-        mergers = ["drop", *(merger for merger in mergers if merger not in ("drop", {"name": "drop"}))]
-        sizes = [(ratio, None) for ratio in ratios] + [(None, count) for count in max_tokens]
-        for (ratio, count), storage, scorer, budget, merger in itertools.product(
-            sizes, quantize, scorers, budgets, mergers
-        ):
+    def _product(self, **swept: Sequence[Any]) -> Iterator[Variant]:
+        for name, values in swept.items():
+            check_list(name, values, least=0 if name in ("compression_ratios", "max_tokens") else 1)
+            if None in values and name != "budgets":
+                raise ValueError(f"{name} holds null, which only budgets may, for the scorer's own")
+        mergers = ["drop", *(merger for merger in swept["mergers"] if merger not in ("drop", {"name": "drop"}))]
+        sizes = [(ratio, None) for ratio in swept["compression_ratios"]]
+        sizes += [(None, count) for count in swept["max_tokens"]]
+        product = itertools.product(sizes, swept["quantize"], swept["scorers"], swept["budgets"], mergers)
+        for (ratio, count), storage, scorer, budget, merger in product:
             if storage != DENSE:
                 parse_quantize(storage)
-            yield Variant(scorer, budget, merger, ratio, count, storage, self.sink_tokens, self.recent_tokens)
+            if scorer in ("random", {"name": "random"}):
+                scorer = {"name": "random", "seed": self.seed}  # all mergers are to fold the same tokens
+            variant = Variant(scorer, budget, merger, ratio, count, storage, self.sink_tokens, self.recent_tokens)
+            # checked with the size that was given, before one that says nothing is left out
+            free = isinstance(variant.merging.build().budget, ThresholdBudget)
+            yield dataclasses.replace(variant, compression_ratio=None, max_tokens=None) if free else variant
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What all cells of its results have in common, as JSON holds it."""
+        """What all cells of its results have in common, as JSON holds it; of files, what they hold."""
         own = (*self.SWEPT, "grids", "tasks", "context_length", "device_map", "tp_plan", "text")
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in own}
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in own}
+        return named | {name: fingerprint(named[name]) for name in ("haystack", "squad", "hotpotqa", "data")}
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "EvaluationConfig":
@@ -260,4 +292,28 @@ class EvaluationConfig:
             raise ValueError(f"{path} could not be read as options in JSON: {error}") from error
         if not isinstance(options, dict):
             raise ValueError(f"{path} holds a JSON {type(options).__name__}; expected an object of options")
-        return options
+        return {name.replace("-", "_"): value for name, value in options.items()}
+
+
+def check_list(name: str, values: Any, least: int = 1) -> None:
+    """Refuse what is no list, or has fewer than `least` entries."""
+    if isinstance(values, str | Mapping) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} is {values!r}; give a list")
+    if len(values) < least:
+        raise ValueError(f"{name} is an empty list; name one at least, or leave it out")
+
+
+def fingerprint(source: str | None) -> str | None:
+    """What a file or folder is called and holds, so that a change of it is noticed; other names as they are.
+
+    Of files above 64 MB it is their size.
+    """
+    if source is None or not Path(source).exists():
+        return source
+    path = Path(source)
+    digest = hashlib.sha256()
+    for file in sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)} {size} ".encode())
+        digest.update(file.read_bytes() if size < 1 << 26 else b"")
+    return f"{source} ({digest.hexdigest()[:16]})"

@@ -31,8 +31,8 @@ _MAGIC_ONE = Frame(
 _VARIABLES = Frame(
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{text}",
     "\nQuestion: Find all variables that are assigned the value {query} in the text above.",
-    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned the "
-    "value {query}, they are: ",
+    " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assgined the "
+    "value {query}, they are: ",  # RULER's spelling
     30,
 )
 _COMMON = Frame(

@@ -57,11 +57,21 @@ class Encoder:
             )
             context, after = said.rsplit(mark, 1)
             question += after
-        read = self.tokenizer(context, add_special_tokens=not self.chat).input_ids
-        asked = self.tokenizer(question + example.answer_prefix, add_special_tokens=False).input_ids
+        read = ([] if self.chat else self.beginning) + self.tokens(context)
+        asked = self.tokens(question + example.answer_prefix)
         if self.question_in_context:
             read, asked = read + asked[:-1], asked[-1:]
         return Encoded(read, asked)
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a text and no others."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    @property
+    def beginning(self) -> list[int]:
+        """The special tokens that the tokenizer puts before a text."""
+        plain, whole = self.tokens("."), self.tokenizer(".").input_ids
+        return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(plain)] == plain), [])
 
     def length(self, example: Example) -> int:
         """Tokens of the prompt and of the longest answer."""
@@ -83,10 +93,22 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Measurer:
-    """A model and how it is asked; a batch of examples and a cache go in, numbers for each example come out."""
+    """A model and how it is asked; a batch of examples and a cache go in, numbers for each example come out.
+
+    Bytes, seconds and counts are those of the batch, shared by its rows.
+
+    Args:
+        model: from here on generates greedily, whatever its own generation config says (penalties, beams …).
+        encoder: turns examples into tokens.
+    """
 
     model: PreTrainedModel
     encoder: Encoder
+
+    def __post_init__(self) -> None:
+        end = self.model.generation_config.eos_token_id
+        greedy = GenerationConfig(do_sample=False, eos_token_id=end, pad_token_id=self.encoder.pad_token)
+        self.model.generation_config = greedy
 
     @torch.no_grad()
     def answers(self, examples: list[Example], variant: Variant) -> Iterator[dict[str, Any]]:
@@ -99,14 +121,12 @@ class Measurer:
         most = max(example.max_new_tokens for example in examples)
         output, seconds = self._generate(prompt, whole_mask, cache, most)
         release(cache)
-        new = output[:, prompt.shape[1] :]
-        for example, ids in zip(examples, new, strict=True):
-            prediction = self.encoder.tokenizer.decode(ids, skip_special_tokens=True)
+        for example, ids in zip(examples, output[:, prompt.shape[1] :], strict=True):
+            prediction = self.encoder.tokenizer.decode(ids[: example.max_new_tokens], skip_special_tokens=True)
             yield {
                 "score": METRICS[RULER[example.task].metric](prediction, example.answers),
                 "prediction": prediction,
                 "decoding_seconds": seconds / len(examples),
-                "new_tokens": new.shape[1],
                 **costs,
             }
 
@@ -121,11 +141,11 @@ class Measurer:
         follow = min(MOST_FOLLOWING, ids.shape[1] // 8)
         read, follows = ids.split([ids.shape[1] - follow, follow], dim=1)
         logits = []
-        for one in (Variant(), variant):
+        for one in [Variant()] if variant.is_full else [Variant(), variant]:
             cache, costs = self._prefill(read, torch.ones_like(read), one)
             logits.append(self.model(follows, past_key_values=cache).logits[:, :-1])
             release(cache)
-        for full, held, tokens in zip(*logits, follows[:, 1:, None], strict=True):
+        for full, held, tokens in zip(logits[0], logits[-1], follows[:, 1:, None], strict=True):
             full, held = full.float().log_softmax(dim=-1), held.float().log_softmax(dim=-1)
             divergence = (full.exp() * (full - held)).sum(dim=-1).mean()
             yield {"loss": -held.gather(1, tokens).mean().item(), "kl": divergence.item(), **costs}
@@ -145,15 +165,9 @@ class Measurer:
         }
 
     def _generate(self, ids: Tensor, mask: Tensor, cache: Cache, max_new_tokens: int) -> tuple[Tensor, float]:
-        """What is generated greedily, behind `ids` `[B, L]`, and the seconds it took."""
-        greedy = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=self.model.generation_config.eos_token_id,
-            pad_token_id=self.encoder.pad_token,
-        )
+        """What is generated, behind `ids` `[B, L]`, and the seconds it took."""
         started = clock(self.model.device)
-        output = self.model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=greedy)
+        output = self.model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=max_new_tokens)
         return output, clock(self.model.device) - started
 
 

@@ -12,7 +12,7 @@ from .summary import Summary
 ANSWERS_SHOWN = 2  # examples of each task of which the answers are shown
 
 
-def page(
+def report_page(
     summary: Summary, figures: dict[str, Any], examples: dict[tuple[str, int], list[Example]], title: str, facts: str
 ) -> str:
     """The page.

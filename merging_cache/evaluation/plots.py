@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..picture import new_figure
@@ -70,10 +71,8 @@ def score_against_bytes(summary: Summary, length: int) -> Any:
 
 def gain_by_task(summary: Summary, length: int) -> Any | None:
     """A figure: what every merger gains over dropping on every task; `None` where nothing was merged."""
-    from torch import tensor
-
     questions = summary.questions(length)
-    merging = [one for one in summary.variants.values() if not one.is_full and one.merger != "drop"]
+    merging = [one for one in summary.variants.values() if one.merges]
     found = {one.label: [summary.row([task], length, one) for task in questions] for one in merging}
     found = {label: rows for label, rows in found.items() if all(row is not None and row.gained for row in rows)}
     if not found:
@@ -81,8 +80,8 @@ def gain_by_task(summary: Summary, length: int) -> Any | None:
     figure, (panel,) = new_figure(2.6 + 0.62 * len(questions), 1.4 + 0.3 * len(found))
     heat_map(
         panel,
-        tensor([[row.gained.mean for row in rows] for rows in found.values()]),
-        tensor([[row.gained.is_sure for row in rows] for rows in found.values()]),
+        torch.tensor([[row.gained.mean for row in rows] for rows in found.values()]),
+        torch.tensor([[row.gained.is_sure for row in rows] for rows in found.values()]),
         list(found),
         questions,
         limit=0.3,

@@ -25,8 +25,14 @@ def read_examples(source: str, tasks: Iterable[str] | None, count: int, seed: in
         ValueError: if there is no such data, or it holds no such task.
     """
     of_tasks: dict[str, list[Example]] = {}
-    for example in map(example_of, _records(source, folder)):
+    for number, record in enumerate(_records(source, folder), start=1):
+        try:
+            example = example_of(record)
+        except ValueError as error:
+            raise ValueError(f"{source}, record {number}: {error}") from error
         of_tasks.setdefault(example.task, []).append(example)
+    if not of_tasks:
+        raise ValueError(f"{source} holds no example")
     for task in tasks if tasks is not None else of_tasks:
         if task not in of_tasks:
             raise ValueError(f"{source} holds no example of {task!r}; it holds {sorted(of_tasks)}")
@@ -48,7 +54,7 @@ def _records(source: str, folder: str | None) -> Iterable[Mapping[str, Any]]:
     if path.is_file():
         records = _read_parquet(path) if path.suffix == ".parquet" else _read_json_lines(path)
         named = next((name for name in (path.stem, path.parent.name) if name in RULER), None)
-        return [record if named is None else {"task": named} | dict(record) for record in records]
+        return [{"task": named} | record if named and isinstance(record, dict) else record for record in records]
     if path.suffix in (".jsonl", ".parquet") or source.startswith((".", "/", "~")):
         raise ValueError(f"there is no file {path}")
     return _load_dataset(source, folder)
@@ -91,27 +97,41 @@ def example_of(record: Mapping[str, Any]) -> Example:
     Raises:
         ValueError: if it is neither, or its task is unknown.
     """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"it is {record!r}; expected an object")
     task = record.get("task")
-    if task not in RULER:
+    if not isinstance(task, str) or task not in RULER:
         raise ValueError(
-            f"a record is of task {task!r}; name one of {list(RULER)} in its column 'task', or by the file's name or "
-            "folder"
+            f"its task is {task!r}; name one of {list(RULER)} in its column 'task', or by the file's name or folder"
         )
     kinds = [frame for kind, frame in English.frames.items() if kind.split()[0] == task.split("_")[0]]
-    max_new_tokens = int(record.get("max_new_tokens") or kinds[0].max_new_tokens)
     if "context" in record:
         names = ("context", "question", "answer_prefix", "answer")
     elif "input" in record:
         names = ("input", "", "answer_prefix", "outputs")
     else:
-        raise ValueError(f"a record of {task} has columns {sorted(record)}; expected 'context' or 'input' among them")
-    context, question, answer_prefix = (str(record.get(name) or "") for name in names[:3])
+        raise ValueError(f"it has columns {sorted(record)}; expected 'context' or 'input' among them")
+    context, question, answer_prefix = (_text(record, name) for name in names[:3])
     if not question:
         # a prompt in one piece: the question begins where its fixed words stand for the last time
-        starts = [context.rfind(frame.question.split("{")[0]) for frame in kinds]
-        if max(starts) <= 0:
-            raise ValueError(f"a record of {task} has no question, and its input holds none in RULER's words")
-        context, question = context[: max(starts)], context[max(starts) :]
-    answers = record[names[3]]
-    answers = [answers] if isinstance(answers, str) else list(answers)
-    return Example(task, context, question, answer_prefix, answers, max_new_tokens)
+        start = max(context.rfind(frame.question.split("{")[0]) for frame in kinds)
+        if start <= 0:
+            raise ValueError("it has no question, and its input holds none in RULER's words")
+        context, question = context[:start], context[start:]
+    if not context.strip():
+        raise ValueError("its context is empty")
+    answers = record.get(names[3])
+    answers = [answers] if isinstance(answers, str) else answers
+    if not isinstance(answers, list) or not answers or not all(isinstance(one, str) and one for one in answers):
+        raise ValueError(f"its {names[3]} is {answers!r}; expected a string or a list of strings")
+    most = record.get("max_new_tokens", kinds[0].max_new_tokens)
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise ValueError(f"its max_new_tokens is {most!r}; expected a whole number of at least 1")
+    return Example(task, context, question, answer_prefix, answers, most)
+
+
+def _text(record: Mapping[str, Any], name: str) -> str:
+    value = record.get(name)
+    if not isinstance(value, str | None):
+        raise ValueError(f"its {name} is {value!r}; expected a string")
+    return value or ""

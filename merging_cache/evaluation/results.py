@@ -33,15 +33,15 @@ class Results:
             path.write_text(json.dumps({"setting": self.setting}) + "\n", encoding="utf-8")
 
     def _read(self, path: Path) -> None:
-        text = path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]  # the last line is not, where a run was interrupted
         try:
+            text = path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]  # the last line is not, where a run was interrupted
             lines = [json.loads(line) for line in whole.splitlines()]
             setting = lines[0]["setting"] if lines else self.setting
             self._measured = {key_of(line["cell"]): line["measured"] for line in lines[1:]}
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a file of results: {type(error).__name__}: {error}") from error
-        if setting != self.setting:
+        if setting != self.setting and self._measured:  # nothing of the other setting is lost otherwise
             changed = sorted(name for name in {*setting, *self.setting} if setting.get(name) != self.setting.get(name))
             was = ", ".join(f"{name}={setting.get(name)!r}" for name in changed)
             now = ", ".join(f"{name}={self.setting.get(name)!r}" for name in changed)

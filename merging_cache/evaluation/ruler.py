@@ -4,13 +4,14 @@ A task hides something in a haystack of a given size and asks for it. Sizes are 
 is made of, so that `fit` can meet a length in tokens closely. All randomness comes from the generator that is given.
 """
 
+import itertools
+import math
 import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
 
 from .example import Example
 from .wording import Wording
@@ -29,6 +30,11 @@ class Task(ABC):
     def needs(self) -> str | None:
         """The material it is made of, where words are not enough: `"haystack"`, `"squad"` or `"hotpotqa"`."""
         return None
+
+    @property
+    def least(self) -> int:
+        """The size of the smallest haystack in which the answer is told."""
+        return 1
 
     @abstractmethod
     def make(self, name: str, wording: Wording, rng: random.Random, size: int, index: int, length: int) -> Example:
@@ -132,7 +138,8 @@ class VariableTracking(Task):
 
     def _solved(self, name: str, wording: Wording, rng: random.Random) -> str:
         """A short one with its answer, to show what is wanted."""
-        built = self._build(name, wording, rng, wording.noise(10 * len(wording.noise_line)), letters=3)
+        ten_lines = wording.noise(10 * len(wording.noise_line))
+        built = self._build(name, wording, rng, ten_lines, letters=3)
         return built.prompt + " ".join(built.answers) + "\n\n"
 
     def _build(self, name: str, wording: Wording, rng: random.Random, lines: list[str], letters: int) -> Example:
@@ -143,7 +150,7 @@ class VariableTracking(Task):
             chain = variables[first : first + per_chain]
             value = wording.number(rng)
             number = number or value
-            assigned = [(chain[0], value), *((after, before) for before, after in pairwise(chain))]
+            assigned = [(chain[0], value), *((after, before) for before, after in itertools.pairwise(chain))]
             statements = [wording.assignment(*pair) for pair in assigned]
             places = sorted(rng.sample(range(max(len(lines), per_chain)), per_chain))
             for place, statement in reversed(list(zip(places, statements, strict=True))):
@@ -203,6 +210,11 @@ class FrequentWords(Task):
         rng.shuffle(coded)
         return wording.frames["fwe"].fill(name, answers=words[1:4], text=" ".join(coded))
 
+    @property
+    def least(self) -> int:
+        # from here on the word of rank 4 appears more often than that of rank 5
+        return math.ceil(zeta(self.alpha) / (4**-self.alpha - 5**-self.alpha))
+
 
 @dataclass(frozen=True)
 class DocumentQuestions(Task):
@@ -230,6 +242,8 @@ class DocumentQuestions(Task):
                 break
             texts.append(first_words(quiz.documents[number], size))
             size -= len(texts[-1].split())
+        if size > 0:
+            raise ValueError(f"there are only {len(quiz.documents)} documents; ask for shorter contexts")
         rng.shuffle(texts)
         return wording.frames["qa"].fill(
             name,
@@ -248,8 +262,8 @@ def zeta(alpha: float) -> float:
 
 def first_words(text: str, count: int) -> str:
     """The text up to its `count`-th word, spaces and all."""
-    found = re.match(rf"(\s*\S+){{1,{count}}}", text)
-    return found.group() if found else ""
+    words = list(itertools.islice(re.finditer(r"\S+", text), count))
+    return text[: words[-1].end()] if words else ""
 
 
 RULER: dict[str, Task] = {
@@ -290,7 +304,8 @@ def fit(
         task: another task than the one of that name.
 
     Raises:
-        ValueError: if not even a haystack of one piece is as short, or the wording has too few words to be as long.
+        ValueError: if not even the smallest haystack is as short, or there are too few words or documents for one as
+            long.
     """
     task = RULER[name] if task is None else task
 
@@ -298,10 +313,11 @@ def fit(
         example = task.make(name, wording, random.Random(f"{seed} {name} {index}"), size, index, length)
         return example, count_tokens(example)
 
-    best, most = make(1)
+    fits = task.least
+    best, most = make(fits)
     if most > length:
         raise ValueError(f"{name} takes at least {most} tokens, and the context length is {length}")
-    fits, too_large, too_few_words = 1, None, None
+    too_large, too_few_words = None, None
     while too_large is None or too_large - fits > 1:  # how tokens grow with the pieces is not known beforehand
         size = 2 * fits if too_large is None else (fits + too_large) // 2
         try:

@@ -1,6 +1,6 @@
 """Runs a sweep: every cache reads the same contexts and is asked the same questions, cell by cell."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .config import TEXT, EvaluationConfig, Variant
+from .config import TEXT, EvaluationConfig, Variant, fingerprint
 from .english import English
 from .example import Example
 from .measure import Encoder, Measurer
@@ -76,9 +76,10 @@ class Evaluation:
         self.examples = self._read_examples() if config.data is not None else self._make_examples()
         self.windows = {length: self._read_text(length) for length in config.lengths} if config.text else {}
         if not self.examples and not self.windows:
-            raise ValueError("no task is left that can be made without a file; name tasks, or give files or a text")
+            raise ValueError("there is nothing to ask: every task needs a file; give it, or a text")
         path = output / "results.jsonl" if output and self.state.is_main_process else None
-        self.results = Results(path, config.setting | {"chat": chat})
+        self.results = Results(path, config.setting | {"model": fingerprint(self._path), "chat": chat})
+        self._measurer: Measurer | None = None
 
     # What is asked ----------------------------------------------------------------------------------------------------
 
@@ -109,13 +110,17 @@ class Evaluation:
         return made
 
     def _read_examples(self) -> dict[tuple[str, int], list[Example]]:
-        """Ready-made ones."""
+        """Ready-made ones; those of a file are of the length of the longest."""
         config, made = self.config, {}
-        for length in config.lengths:
-            folder = config.data_folder or str(length)
-            for example in read_examples(config.data, config.tasks, config.examples, config.seed, folder):
-                self._check_length(self.encoder.length(example), f"an example of {example.task} in {config.data}")
-                made.setdefault((example.task, length), []).append(example)
+        is_file = Path(config.data).exists()
+        for length in [0] if is_file else config.lengths:
+            folder = config.data_folder if is_file else config.data_folder or str(length)
+            examples = read_examples(config.data, config.tasks, config.examples, config.seed, folder)
+            longest = max(examples, key=self.encoder.length)
+            tokens = self.encoder.length(longest)
+            self._check_length(tokens, f"the length of an example of {longest.task} in {config.data}")
+            for example in examples:
+                made.setdefault((example.task, length or tokens), []).append(example)
         return made
 
     def _read_text(self, length: int) -> list[list[int]]:
@@ -124,12 +129,14 @@ class Evaluation:
             text = Path(self.config.text).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.config.text} could not be read as a text: {error}") from error
-        ids = self.tokenizer(text, add_special_tokens=False).input_ids
-        available = len(ids) // length
+        beginning, ids = self.encoder.beginning, self.encoder.tokens(text)
+        each = length - len(beginning)
+        available = len(ids) // each
         if not available:
             raise ValueError(f"{self.config.text} has {len(ids)} tokens, fewer than the context length of {length}")
         count = min(self.config.examples, available)
-        return [ids[start : start + length] for start in (length * (i * available // count) for i in range(count))]
+        starts = [each * (index * available // count) for index in range(count)]
+        return [beginning + ids[start : start + each] for start in starts]
 
     # How it is measured -----------------------------------------------------------------------------------------------
 
@@ -137,23 +144,43 @@ class Evaluation:
     def cells(self) -> list[Cell]:
         """Every cell of the sweep."""
         asked: list[Cell] = [{"task": task, "context_length": length} for task, length in self.examples]
-        asked += [{"task": TEXT, "context_length": length, "text": self.config.text} for length in self.windows]
+        text = fingerprint(self.config.text)
+        asked += [{"task": TEXT, "context_length": length, "text": text} for length in self.windows]
         return [cell | {"variant": variant.to_dict()} for cell in asked for variant in self.config.variants]
 
-    def run(self, progress: bool = True) -> Results:
-        """Measure every cell that the results do not hold yet."""
+    def prepare(self) -> list[Cell]:
+        """Load the model, and put one example through every cache that is still to be measured.
+
+        What the model cannot do raises now, and what is built on first use is built.
+
+        Returns:
+            the cells that are to be measured; for none nothing is loaded.
+
+        Raises:
+            ValueError, TypeError, ImportError, OSError: what transformers or a cache has against it.
+        """
         missing = [cell for cell in self.cells if cell not in self.results]
         (missing,) = broadcast_object_list([missing])  # the main process knows
         if not missing:
-            return self.results
-        measurer = Measurer(self._load_model(), self.encoder)
-        self._rehearse(measurer)
+            return []
+        if self._measurer is None:
+            self._measurer = Measurer(self._load_model(), self.encoder)
+        rehearsed = []
+        for cell in missing:
+            kind = (cell["task"] == TEXT, cell["variant"])
+            if kind not in rehearsed:
+                rehearsed.append(kind)
+                list(self._measure_of(cell)(self._asked(cell)[:1], Variant(**cell["variant"])))
+        return missing
+
+    def run(self, progress: bool = True) -> Results:
+        """Measure every cell that the results do not hold yet."""
+        missing = self.prepare()
         quiet = not (progress and self.state.is_main_process)
-        with tqdm(total=len(missing), unit="cell", desc="measuring", disable=quiet) as bar:
+        with tqdm(total=len(missing), unit="cell", desc="measuring", disable=quiet or not missing) as bar:
             for cell in missing:
-                variant = Variant(**cell["variant"])
-                bar.set_postfix_str(f"{cell['task']}, {variant.label}")
-                measured = self._measure(measurer, cell, variant)
+                bar.set_postfix_str(f"{cell['task']}, {Variant(**cell['variant']).label}")
+                measured = self._measure(cell)
                 if self.state.is_main_process:
                     self.results.add(cell, measured)
                 bar.update()
@@ -172,24 +199,24 @@ class Evaluation:
             torch.set_num_threads(1)  # waking other threads takes longer than a small model's work
         return model
 
-    def _rehearse(self, measurer: Measurer) -> None:
-        """One example through every cache: what the model cannot do raises now, and what is built on first use is."""
-        for variant in self.config.variants:
-            if self.examples:
-                list(measurer.answers(next(iter(self.examples.values()))[:1], variant))
-            if self.windows:
-                list(measurer.text(next(iter(self.windows.values()))[:1], variant))
-
-    def _measure(self, measurer: Measurer, cell: Cell, variant: Variant) -> dict[str, list]:
-        """What was measured of every example of a cell, in order; complete on the main process."""
+    def _asked(self, cell: Cell) -> Sequence[Any]:
         task, length = cell["task"], cell["context_length"]
-        asked: Sequence[Any] = self.windows[length] if task == TEXT else self.examples[task, length]
-        measure = measurer.text if task == TEXT else measurer.answers
-        size = self.config.batch_size
-        batches = [(first, asked[first : first + size]) for first in range(0, len(asked), size)]
+        return self.windows[length] if task == TEXT else self.examples[task, length]
+
+    def _measure_of(self, cell: Cell) -> Callable[..., Iterator[dict[str, Any]]]:
+        return self._measurer.text if cell["task"] == TEXT else self._measurer.answers
+
+    def _measure(self, cell: Cell) -> dict[str, list]:
+        """What was measured of every example of a cell, in order; complete on the main process."""
+        asked, variant, size = self._asked(cell), Variant(**cell["variant"]), self.config.batch_size
+        lengths = [len(one if cell["task"] == TEXT else self.encoder(one)) for one in asked]
+        order = sorted(range(len(asked)), key=lambda index: -lengths[index])  # like with like, since rows are padded
+        batches = [order[first : first + size] for first in range(0, len(order), size)]
         if self.config.tp_plan is None:  # whole batches, so that who measures one changes nothing
             batches = batches[self.state.process_index :: self.state.num_processes]
-        rows = [row for first, batch in batches for row in enumerate(measure(batch, variant), start=first)]
+        rows = []
+        for batch in batches:
+            rows += zip(batch, self._measure_of(cell)([asked[index] for index in batch], variant), strict=True)
         if self.state.num_processes > 1:
             rows = gather_object(rows)
         of_examples: dict[int, list[dict[str, Any]]] = {}

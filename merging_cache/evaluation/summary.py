@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .config import TEXT, Variant
 from .metrics import bootstrap_interval_of_tasks
-from .results import Results
+from .results import Results, key_of
 
 
 @dataclass(frozen=True)
@@ -19,18 +19,19 @@ class Difference:
     mean: float
     low: float
     high: float
+    examples: int
 
     @classmethod
     def between(cls, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> "Difference":
         """Of the examples of several tasks, every task counting alike."""
         differences = [mine - other for mine, other in zip(ours, theirs, strict=True)]
         low, high = bootstrap_interval_of_tasks(differences)
-        return cls(mean_of_tasks(differences), low.item(), high.item())
+        return cls(mean_of_tasks(differences), low.item(), high.item(), sum(map(len, differences)))
 
     @property
     def is_sure(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval leaves out 0; of one example there is none."""
+        return self.examples > 1 and (self.low > 0 or self.high < 0)
 
     def text(self, digits: int) -> str:
         """`"+0.012 [-0.001, +0.025]"`."""
@@ -47,7 +48,7 @@ class Row:
         variant: how the cache was held.
         examples: how many examples in all.
         values: means of what was measured: `"score"` (or `"loss"` and `"kl"`), `"bytes"`, `"prefill_seconds"`,
-            `"decoding_seconds"`, `"new_tokens"`, `"merged"` and `"dropped"`.
+            `"decoding_seconds"`, `"merged"` and `"dropped"`; seconds are those of a batch, shared by its examples.
         share: bytes as a share of the full cache's.
         lost: the difference to the full cache (of the score, or of the loss).
         gained: the difference to the same cache with `merger="drop"`; `None` for that and for the full cache.
@@ -99,8 +100,9 @@ class Summary:
             if cell in results:
                 variant = Variant(**cell["variant"])
                 task, length = cell["task"], cell["context_length"]
-                self.variants[variant.label] = variant
-                self._measured[task, length, variant.label] = results[cell]
+                key = key_of(variant.to_dict())
+                self.variants[key] = variant
+                self._measured[task, length, key] = results[cell]
                 if task not in self.tasks.setdefault(length, []):
                     self.tasks[length].append(task)
 
@@ -110,7 +112,7 @@ class Summary:
 
     def measured(self, task: str, length: int, variant: Variant) -> dict[str, list] | None:
         """What was measured of every example of a cell."""
-        return self._measured.get((task, length, variant.label))
+        return self._measured.get((task, length, key_of(variant.to_dict())))
 
     def row(self, tasks: Sequence[str], length: int, variant: Variant) -> Row | None:
         """A cache on some tasks; `None` where not all of them were measured."""
@@ -138,7 +140,7 @@ class Summary:
             values,
             share=1.0 if full_bytes is None else values["bytes"] / mean_of_tasks(full_bytes),
             lost=Difference.between(mine, full) if compared and full is not None else None,
-            gained=Difference.between(mine, dropped) if compared and variant.merger != "drop" and dropped else None,
+            gained=Difference.between(mine, dropped) if variant.merges and dropped else None,
         )
 
     def rows(self, tasks: Sequence[str], length: int) -> list[Row]:

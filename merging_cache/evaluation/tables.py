@@ -14,7 +14,7 @@ def markdown(summary: Summary) -> str:
         if questions:
             named = f"{len(questions)} tasks" if len(questions) > 1 else questions[0]
             rows = summary.rows(questions, length)
-            parts.append(f"### {named} of {length:,} tokens, {rows[0].examples // len(questions)} examples of each\n")
+            parts.append(f"### {named} of {length:,} tokens, {how_many(summary, questions, length)}\n")
             parts.append("\n".join(table(rows)) + "\n")
         if len(questions) > 1:
             parts.append(f"### Scores by task, {length:,} tokens\n\n" + "\n".join(by_task(summary, length)) + "\n")
@@ -24,11 +24,18 @@ def markdown(summary: Summary) -> str:
     return "\n".join(parts)
 
 
+def how_many(summary: Summary, tasks: Sequence[str], length: int) -> str:
+    """How many examples there are."""
+    counts = {summary.rows([task], length)[0].examples for task in tasks}
+    named = " or ".join(str(count) for count in sorted(counts))
+    return f"{named} example{'' if named == '1' else 's'}{' of each' if len(tasks) > 1 else ''}"
+
+
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """A row for each cache: what it answers and what it costs."""
     is_text = TEXT in rows[0].tasks
     digits = 3
-    head = ["cache", "loss" if is_text else "score"] + ["KL from full cache, nats"] * is_text
+    head = ["cache", "loss, nats (less is better)" if is_text else "score"] + ["KL from full cache, nats"] * is_text
     head += ["against full cache", "gain over drop", "bytes", "share", "prefill, s"]
     head += ["decoding, s"] * (not is_text) + ["merged", "dropped"]
     yield line(head)
