@@ -23,8 +23,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from merging_cache.evaluation import Example
-from merging_cache.evaluation.needle_words import ATTRIBUTES, CODES, FILLER, GLUE, NAMES, NeedleWords
+from merging_cache.evaluation.needle_words import ATTRIBUTES, CODES, FILLER, GLUE, NAMES, NeedleWords, count_words
 from merging_cache.evaluation.ruler import RULER, NeedleInAHaystack, VariableTracking, fit
 from needle_tasks import make_context
 
@@ -137,10 +136,6 @@ def ruler_row(rng: random.Random, length: int) -> Row:
         words += ["question", ":", *prompt, *answer, "."]
         weights += [0.0] * (len(prompt) + 2) + [CODE] * len(answer) + [WORD]
     return words, weights
-
-
-def count_words(example: Example) -> int:
-    return len(example.prompt.split()) + example.max_new_tokens
 
 
 def questions_about(rng: random.Random, words: list[str]) -> list[tuple[list[str], list[str]]]:

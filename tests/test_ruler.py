@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from merging_cache.evaluation.documents import read_hotpotqa, read_squad
 from merging_cache.evaluation.english import English
 from merging_cache.evaluation.example import Example
-from merging_cache.evaluation.needle_words import ATTRIBUTES, CODES, FILLER, GLUE, NAMES, NeedleWords
+from merging_cache.evaluation.needle_words import ATTRIBUTES, CODES, FILLER, GLUE, NAMES, NeedleWords, count_words
 from merging_cache.evaluation.ready_made import example_of, read_examples
 from merging_cache.evaluation.ruler import RULER, NeedleInAHaystack, first_words, fit, zeta
 
@@ -65,10 +65,6 @@ def count_tokens(english):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(text, trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet))
     return lambda example: len(tokenizer.encode(example.prompt).ids) + example.max_new_tokens
-
-
-def count_words(example: Example) -> int:
-    return len(example.prompt.split()) + example.max_new_tokens
 
 
 # Solvers that know nothing but the text and the wording ---------------------------------------------------------------

@@ -4,6 +4,7 @@ import random
 from collections.abc import Collection, Sequence
 
 from .documents import DocumentQuestion, Quiz
+from .example import Example
 from .wording import Frame, Wording, sample
 
 _NAMES = """
@@ -38,6 +39,11 @@ GLUE = [
 def filler_sentence(rng: random.Random, most: int = 9) -> str:
     """A sentence of 4 to 9 words that say nothing, or of as many as there are left."""
     return " ".join([*rng.choices(FILLER, k=min(rng.randint(4, 9), most)), "."])
+
+
+def count_words(example: Example) -> int:
+    """Tokens of an example's prompt and the longest answer to it: every word is one."""
+    return len(example.prompt.split()) + example.max_new_tokens
 
 
 class NeedleWords(Wording):
