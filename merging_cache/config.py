@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from .stage import Spec, build_stage, check_choice, check_number, describe_stage
 from .states import LayerStates
 
 DEFAULT_COMPRESSION_RATIO = 0.5
+Config = TypeVar("Config")
 FOLD_AT = ("prefill", "decode")
 
 
@@ -120,11 +121,7 @@ class MergingConfig:
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "MergingConfig":
         """A config from `{field: value}`; unknown fields raise `ValueError`."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise ValueError(f"unknown option {unknown[0]!r}; the options are {known}")
-        return cls(**options)
+        return build_config(cls, options)
 
     def to_dict(self) -> dict[str, Any]:
         """`{field: value}` with stages as names or dicts; stages that are not in the tables of names stay objects."""
@@ -142,13 +139,7 @@ class MergingConfig:
     @classmethod
     def from_json_file(cls, path: str | Path) -> "MergingConfig":
         """Read a config written by `to_json_file` or by hand."""
-        try:
-            options = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} could not be read as a merging config in JSON: {error}") from error
-        if not isinstance(options, dict):
-            raise ValueError(f"{path} holds a JSON {type(options).__name__}; a merging config is an object of options")
-        return cls.from_dict(options)
+        return cls.from_dict(read_options(path, "a merging config"))
 
     def to_json_file(self, path: str | Path) -> None:
         """Write the config as JSON.
@@ -168,6 +159,26 @@ class MergingConfig:
         except TypeError as error:
             raise ValueError(f"the config holds what JSON cannot: {error}; give stages as names and dicts") from error
         Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def build_config(kind: type[Config], options: Mapping[str, Any]) -> Config:
+    """A dataclass of options from `{field: value}`; unknown fields raise `ValueError`."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}; the options are {known}")
+    return kind(**options)
+
+
+def read_options(path: str | Path, what: str) -> dict[str, Any]:
+    """The options in a JSON file that holds `what`, `"a merging config"` say; `ValueError` if it does not."""
+    try:
+        options = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} could not be read as {what} in JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} holds a JSON {type(options).__name__}; {what} is an object of options")
+    return options
 
 
 def _own_budget(scorer: Any) -> Any:

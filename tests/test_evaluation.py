@@ -229,6 +229,14 @@ def command(output: Path, *more: str) -> list[str]:
     return ["-m", "merging_cache.evaluation", *options, "--output", str(output), *more]
 
 
+def launch(launcher: str, *arguments: str) -> None:
+    """Run a command of the environment in several processes of one thread each."""
+    command = [str(Path(sys.executable).parent / launcher), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def read_lines(output: Path) -> list[dict]:
     lines = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
     for line in lines[1:]:
@@ -260,21 +268,17 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, small):
 
 
 @pytest.mark.parametrize(
-    "launch",
+    "launcher",
     [
         "accelerate launch --multi_gpu --num_processes 2 --main_process_port {port}",
         "torchrun --standalone --nproc-per-node 2",
     ],
 )
-def test_two_processes_give_what_one_gives(launch, tmp_path, small):
+def test_two_processes_give_what_one_gives(launcher, tmp_path, small):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        launcher, *options = launch.format(port=free.getsockname()[1]).split()
-    executable = [str(Path(sys.executable).parent / launcher)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*executable, *options, *command(tmp_path)], check=True, capture_output=True, env=environment, timeout=300
-    )
+        launcher, *options = launcher.format(port=free.getsockname()[1]).split()
+    launch(launcher, *options, *command(tmp_path))
     lines = read_lines(tmp_path)
     assert {json.dumps(line["cell"], sort_keys=True): line["measured"] for line in lines[1:]} == measured(small)
     assert "2 processes" in (tmp_path / "summary.md").read_text()
@@ -282,9 +286,7 @@ def test_two_processes_give_what_one_gives(launch, tmp_path, small):
 
 def test_tensor_parallel_gives_what_one_process_gives(tmp_path, small):
     """Each process holds the caches of its own KV heads, which are counted together."""
-    launcher = str(Path(sys.executable).parent / "torchrun")
-    arguments = [launcher, "--standalone", "--nproc-per-node", "2", *command(tmp_path, "--tp-plan", "auto")]
-    subprocess.run(arguments, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    launch("torchrun", "--standalone", "--nproc-per-node", "2", *command(tmp_path, "--tp-plan", "auto"))
     expected = measured(small)
     lines = read_lines(tmp_path)[1:]
     assert len(lines) == len(expected)
@@ -391,7 +393,7 @@ def test_reports_are_written(tmp_path, small):
         ("--haystack nowhere.txt", "haystack is 'nowhere.txt', and there is no such file"),
         ("--text nowhere.txt", "text is 'nowhere.txt'"),
         ("--data nowhere.jsonl", "there is no file nowhere.jsonl"),
-        ("--config nowhere.json", "nowhere.json could not be read as options in JSON"),
+        ("--config nowhere.json", "nowhere.json could not be read as an evaluation config in JSON"),
         ("--chat", "chat is True, but .* has no chat template"),
         ("--device-map auto --tp-plan auto", "device_map and tp_plan are both given"),
     ],
@@ -608,7 +610,7 @@ def test_chat_templates_stand_around_the_context(small, monkeypatch):
 
 def test_the_grid_of_the_pull_request_is_a_config():
     path = Path(__file__).parents[1] / "examples" / "ruler_qwen3_8b.json"
-    config = EvaluationConfig.from_dict(EvaluationConfig.read_options(path))
+    config = EvaluationConfig.from_json_file(path)
     labels = [variant.label for variant in config.variants]
     assert len(labels) == 1 + 4 * 4 * (1 + 2 + 2) + 4 * 2
     assert {f"knorm {merger} 75%" for merger in ("drop", "similarity", "auto")} < set(labels)

@@ -26,6 +26,7 @@ import transformers
 from transformers.utils import logging
 
 from ..budgets import BUDGETS
+from ..config import read_options
 from ..mergers import MERGERS
 from ..scorers import SCORERS
 from .config import EvaluationConfig
@@ -146,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        options = EvaluationConfig.read_options(given.pop("config")) if "config" in given else {}
+        options = read_options(given.pop("config"), "an evaluation config") if "config" in given else {}
         options |= given
         output = options.pop("output", None)
         if output is not None:

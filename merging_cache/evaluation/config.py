@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from ..budgets import BUDGETS
 from ..budgets.threshold import ThresholdBudget
 from ..cache import MergingDynamicCache, MergingQuantizedCache
-from ..config import MergingConfig
+from ..config import MergingConfig, build_config, read_options
 from ..mergers import MERGERS, QUERY_SOURCES
 from ..quantized import make_backend
 from ..scorers import SCORERS
@@ -273,26 +272,12 @@ class EvaluationConfig:
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "EvaluationConfig":
         """A config from `{field: value}`; unknown fields raise `ValueError`."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise ValueError(f"unknown option {unknown[0]!r}; the options are {known}")
-        return cls(**options)
+        return build_config(cls, options)
 
-    @staticmethod
-    def read_options(path: str | Path) -> dict[str, Any]:
-        """The options in a JSON file.
-
-        Raises:
-            ValueError: if it cannot be read, or holds something else.
-        """
-        try:
-            options = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} could not be read as options in JSON: {error}") from error
-        if not isinstance(options, dict):
-            raise ValueError(f"{path} holds a JSON {type(options).__name__}; expected an object of options")
-        return {name.replace("-", "_"): value for name, value in options.items()}
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> "EvaluationConfig":
+        """Read a config, such as `examples/ruler_qwen3_8b.json`."""
+        return cls.from_dict(read_options(path, "an evaluation config"))
 
 
 def check_list(name: str, values: Any, least: int = 1) -> None:
