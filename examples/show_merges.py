@@ -22,7 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=RULER, default="niah_multikey_1", metavar="TASK")
     parser.add_argument("--words", type=int, default=84, help="words of the context, its question and its answer")
-    parser.add_argument("--scorer", choices=sorted(SCORERS), default="keydiff", metavar="NAME")
+    parser.add_argument("--scorer", default="keydiff", help=f"of {', '.join(sorted(SCORERS))}")
     parser.add_argument("--merger", choices=list(MERGERS), default="auto", metavar="NAME")
     parser.add_argument("--ratio", type=float, default=0.6)
     parser.add_argument("--output", type=Path, default=Path())
@@ -33,9 +33,14 @@ def main() -> None:
     needle = Path(__file__).parent / "needle"
     tokenizer = AutoTokenizer.from_pretrained(needle)
     model = AutoModelForCausalLM.from_pretrained(needle).eval()
-    ids = tokenizer(fit(options.task, NeedleWords(), count_words, options.words).context, return_tensors="pt").input_ids
     stages = {"scorer": options.scorer, "merger": options.merger, "compression_ratio": options.ratio}
-    cache = MergingDynamicCache(model=model, recent_tokens=6, trace=True, **stages)
+    try:
+        example = fit(options.task, NeedleWords(), count_words, options.words)
+        cache = MergingDynamicCache(model=model, recent_tokens=6, trace=True, **stages)
+        options.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    ids = tokenizer(example.context, return_tensors="pt").input_ids
     with torch.no_grad():
         model(ids, past_key_values=cache)
     print(cache.report())

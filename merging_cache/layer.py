@@ -23,7 +23,7 @@ from .observed import Observed, Owner
 from .padding import Padding
 from .ragged import RaggedLayout, RaggedStorage
 from .rotary import Rotary, rotary_of
-from .states import LayerStates, Slots
+from .states import ABSENT, DROPPED, LayerStates, Slots
 from .storage import DenseStorage
 
 # up to transformers 5.14 a positive argument of `crop` was the length to crop to; since, only negative ones are allowed
@@ -39,8 +39,7 @@ class MergingLayer(DynamicLayer):
             tail.
         num_merged, num_dropped: `[B, H]`, tokens evicted so far that were folded into a survivor, and that were not.
         holders: `[B, H, P]`, where the cache traces, for every position of a row before the last fold (padding not
-            counted) that of the slot that holds its token now: its own for survivors, -1 where it was dropped, -2 where
-            a row has no such token.
+            counted) that of the slot that holds its token now: its own for survivors, else `DROPPED` or `ABSENT`.
     """
 
     def __init__(
@@ -182,7 +181,7 @@ class MergingLayer(DynamicLayer):
     def fates(self, row: int) -> Tensor:
         """`[H, n]`, what became of each of the n tokens of a row, padding left out; see `picture.Fates`."""
         positions = self._padding.row_positions(self.positions)[row]  # [H, S], negative where there is no slot
-        fates = torch.full((self._shape[1], int(positions.max()) + 1), -2, device=positions.device)
+        fates = torch.full((self._shape[1], int(positions.max()) + 1), ABSENT, device=positions.device)
         if self.holders is not None:
             fates[:, : self.holders.shape[2]] = self.holders[row, :, : fates.shape[1]].long()
         for of_head, stored in zip(fates, positions, strict=True):
@@ -643,7 +642,7 @@ def handed_on(before: Tensor | None, now: Tensor) -> Tensor:
     """`Slots.holders` over two folds, of which the second knows the slots of the first by their positions."""
     if before is None:
         return now.int()
-    handed = now.gather(2, before.long().clamp_min(0)).masked_fill(before < 0, -1)
+    handed = now.gather(2, before.long().clamp_min(0)).masked_fill(before < 0, DROPPED)
     new = torch.ones_like(now, dtype=torch.bool)  # tokens that came since; a row may have had fewer than the others
-    new[..., : before.shape[2]] = before == -2
+    new[..., : before.shape[2]] = before == ABSENT
     return torch.where(new, now, torch.nn.functional.pad(handed, (0, now.shape[2] - before.shape[2]))).int()

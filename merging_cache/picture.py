@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from .stage import check_number
+from .states import ABSENT
 
 if TYPE_CHECKING:
     from .cache import MergingDynamicCache
 
-DROPPED, UNKNOWN = -1, -2
+UNKNOWN = ABSENT  # what an evicted token is where the cache does not trace
 LABELLED = 80  # tokens up to which a picture names every one
 
 
@@ -107,6 +108,7 @@ def plot_merges(
         ValueError: if the cache is empty, has no such row, or has seen more tokens than were given.
         TypeError: if tokens are no strings.
         ImportError: if matplotlib is not installed.
+        OSError: if the page cannot be written.
 
     Example:
         >>> import torch
@@ -128,11 +130,12 @@ def plot_merges(
         raise ValueError(
             f"{len(tokens)} tokens were given, but row {row} of the cache holds {fates.num_tokens}, padding not counted"
         )
+    if html is not None and tokens is None:
+        raise ValueError("the page shows the text, so it needs tokens=")
+    figure = draw(fates, tokens)
     if html is not None:
-        if tokens is None:
-            raise ValueError("the page shows the text, so it needs tokens=")
         Path(html).write_text(text_page(fates, tokens[: fates.num_tokens]), encoding="utf-8")
-    return draw(fates, tokens)
+    return figure
 
 
 def draw(fates: Fates, tokens: Sequence[str] | None = None) -> Any:

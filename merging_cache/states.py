@@ -13,6 +13,9 @@ from torch import Tensor
 TILE = 1 << 22  # elements of an intermediate result that stages hold at a time: 16 MiB in fp32
 
 
+DROPPED, ABSENT = -1, -2  # in `Slots.holders`: no slot holds the token; the row has no such token
+
+
 @dataclass(frozen=True)
 class Statistics:
     """What a stage remembers of the passes it observed (see `Stage.observe`).
@@ -352,7 +355,7 @@ class Slots:
         statistics: `[B, H, K, ...]`, what the scorer keeps for each slot's token, or `None`.
         tokens: `[B, H, K]`, which stored token each slot is named after, where that is not the survivor.
         holders: `[B, H, P]`, where states are traced, for each of the positions 0 to P - 1 of a row that of the slot
-            that holds its token now: its own for survivors, -1 where it was dropped, -2 where a row has no such token.
+            that holds its token now: its own for survivors, else `DROPPED` or `ABSENT`.
     """
 
     keys: Tensor
@@ -447,11 +450,11 @@ def holders_of(states: LayerStates, tokens: Tensor | None = None, holders: Tenso
     """
     if not states.traced:
         return None
-    held = states.positions.new_full((*states.positions.shape[:2], states.seen + 1), -2)
+    held = states.positions.new_full((*states.positions.shape[:2], states.seen + 1), ABSENT)
     if tokens is not None:
         places = states.positions.masked_fill(states.positions < 0, states.seen)  # what is no token goes to the end
-        held.scatter_(2, places, -1)
-        by = states.positions.gather(2, holders.clamp_min(0)).masked_fill(holders < 0, -1)
+        held.scatter_(2, places, DROPPED)
+        by = states.positions.gather(2, holders.clamp_min(0)).masked_fill(holders < 0, DROPPED)
         held.scatter_(2, places.gather(2, tokens), by)
     return held[..., :-1]
 

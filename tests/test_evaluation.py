@@ -19,15 +19,17 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from merging_cache import MergingDynamicCache
 from merging_cache.evaluation import Evaluation, EvaluationConfig, Summary, Variant
 from merging_cache.evaluation.__main__ import main, write_reports
-from merging_cache.evaluation.measure import Encoder
+from merging_cache.evaluation.measure import Encoder, Measurer
 from merging_cache.evaluation.metrics import (
     bootstrap_interval,
     bootstrap_interval_of_tasks,
     string_match_all,
     string_match_part,
 )
+from merging_cache.evaluation.needle_words import NeedleWords, count_words
 from merging_cache.evaluation.plots import score_against_bytes
 from merging_cache.evaluation.results import Results
+from merging_cache.evaluation.ruler import fit
 from merging_cache.evaluation.run import shipped_model
 from merging_cache.evaluation.summary import Difference
 from merging_cache.evaluation.tables import markdown
@@ -527,6 +529,58 @@ def test_generation_is_greedy_whatever_the_model_says(tmp_path, small):
 def test_random_scores_are_the_same_for_every_merger():
     config = EvaluationConfig(**SMALL | {"scorers": ["random"], "seed": 3})
     assert {variant.merging.scorer["seed"] for variant in config.variants[1:]} == {3}
+
+
+@pytest.mark.parametrize("scorer", ["knorm", "keydiff", "snapkv"])
+def test_answers_do_not_depend_on_the_batch_size(scorer, tmp_path):
+    """Contexts and questions of different lengths, with as many slots for each."""
+    examples = [
+        fit(task, NeedleWords(), count_words, length, index=length)
+        for task in ("niah_multiquery", "niah_multikey_1", "qa_2")
+        for length in (110, 180, 240)
+    ]
+    records = [
+        {"context": one.context, "question": one.question, "answer": one.answers, "task": "niah_multiquery"}
+        for one in examples
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    options = {"scorers": [scorer], "compression_ratios": [], "max_tokens": [60], "recent_tokens": 8}
+    of_sizes = []
+    for batch_size in (1, 4, 9):
+        config = EvaluationConfig(**options, data=str(tmp_path / "data.jsonl"), batch_size=batch_size)
+        evaluation = Evaluation(config)
+        evaluation.run(progress=False)
+        batches = evaluation._batches(next(iter(evaluation._encoded.values())), 9)
+        assert sorted(index for batch in batches for index in batch) == list(range(9))
+        of_sizes.append([columns["prediction"] for columns in measured(evaluation).values()])
+    assert len({len(batch) for batch in batches}) > 1 or len(batches) > 1
+    assert of_sizes[0] == of_sizes[1] == of_sizes[2]
+
+
+def test_nothing_is_rehearsed_twice(small, monkeypatch):
+    evaluation = Evaluation(EvaluationConfig(**SMALL))
+    calls = []
+    answers = Measurer.answers
+    monkeypatch.setattr(Measurer, "answers", lambda self, *args: calls.append(args) or answers(self, *args))
+    evaluation.prepare()
+    assert len(calls) == len(evaluation.config.variants)
+    evaluation.run(progress=False)
+    batches = sum(len(evaluation._batches(encoded, 5)) for encoded in evaluation._encoded.values())
+    assert len(calls) == len(evaluation.config.variants) * (1 + batches)
+
+
+def test_a_stage_is_one_however_it_is_spelled():
+    config = EvaluationConfig(**SMALL | {"scorers": ["keydiff", {"name": "keydiff"}], "mergers": [{"name": "auto"}]})
+    assert [variant.label for variant in config.variants] == ["full cache", "keydiff drop 50%", "keydiff auto 50%"]
+
+
+def test_the_output_is_no_part_of_the_data(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"context": "fox .", "question": " fox", "answer": "1", "task": "vt"}')
+    with pytest.raises(ValueError, match="is inside the data"):
+        Evaluation(EvaluationConfig(data=str(tmp_path)), tmp_path / "out")
+    (tmp_path / "one.jsonl").write_text('{"context": "fox .", "question": " ", "answer": "1", "task": "vt"}')
+    with pytest.raises(ValueError, match="a question of vt is ' ', no token"):
+        Evaluation(EvaluationConfig(data=str(tmp_path)))
 
 
 def test_each_answer_has_its_own_limit(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from merging_cache import BUDGETS, MERGERS, LayerStates, MergingConfig, MergingDynamicCache, plot_merges
-from merging_cache.picture import DROPPED, UNKNOWN, Fates
+from merging_cache.picture import UNKNOWN, Fates
+from merging_cache.states import DROPPED
 from models import llama
 
 WORDS = [f"word{i}" for i in range(60)]

@@ -37,6 +37,8 @@ from .run import Evaluation
 from .summary import Summary
 from .tables import markdown
 
+STOPPED = 130  # the exit status of what was interrupted
+
 
 def spec(text: str) -> str | dict[str, Any]:
     """A stage as the command line gives it: a name, or JSON with a name and options."""
@@ -130,7 +132,7 @@ def describe_run(evaluation: Evaluation) -> str:
     config, processes = evaluation.config, evaluation.state.num_processes
     device = torch.cuda.get_device_name() if evaluation.state.device.type == "cuda" else platform.machine() + " CPU"
     asked = "read before the fold" if config.question_in_context else "asked after the fold"
-    depth = "" if config.depth is None else f", needles at {config.depth:.0%} of the haystack"
+    depth = "" if config.depth is None else f", a needle at {config.depth:g} of the haystack"
     loaded = "" if config.dtype == "auto" else f" {config.dtype},"
     return (
         f"Questions {asked}{depth}, {config.batch_size} at a time, seed {config.seed}; the first {config.sink_tokens} "
@@ -157,6 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         evaluation.prepare()
     except (ValueError, TypeError, ImportError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
     stopped = False
     try:
         evaluation.run()
@@ -170,7 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not find_spec("matplotlib"):
                 print("matplotlib is not installed: no pictures (pip install 'merging_cache[plot]')", file=sys.stderr)
     if stopped:
-        sys.exit("stopped; the same command with the same --output goes on from here" if output else "stopped")
+        if output is not None:
+            print("stopped: the same command goes on from here", file=sys.stderr)
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ def parse_quantize(name: str) -> tuple[str, int | None]:
 
     Raises:
         ValueError: for an unknown backend or number of bits.
+        TypeError: for what is no string.
     """
     if not isinstance(name, str):
         raise TypeError(f"quantize is {name!r}; give 'none', or a backend and bits, such as 'quanto-4'")
@@ -147,9 +148,9 @@ class EvaluationConfig:
         grids: instead of one product of these six, several: dicts with any of them.
         examples: how many of each task.
         question_in_context: whether the question is read before the fold, so that scorers know it.
-        batch_size: examples read and answered at a time, those of like lengths together, padded on the left. A ratio
-            counts padding (see the README), so where lengths differ it gives short rows more slots than they would have
-            alone; with a batch size of 1, or with `max_tokens`, it does not.
+        batch_size: examples read and answered at a time at most: those whose questions are as long, contexts padded on
+            the left. A ratio counts padding (see the README), so where contexts differ in length short ones keep more
+            slots than they would alone; with a batch size of 1, or with `max_tokens`, they do not.
         seed: from which everything random is drawn.
         sink_tokens, recent_tokens: first and last tokens that always keep their slots, as in `MergingConfig`.
         depth: share of the haystack before a needle, in [0, 1]; random if `None`, as in RULER.
@@ -248,14 +249,16 @@ class EvaluationConfig:
             check_list(name, values, least=0 if name in ("compression_ratios", "max_tokens") else 1)
             if None in values and name != "budgets":
                 raise ValueError(f"{name} holds null, which only budgets may, for the scorer's own")
-        mergers = ["drop", *(merger for merger in swept["mergers"] if merger not in ("drop", {"name": "drop"}))]
+        # what is a name alone is one however it is spelled
+        swept = {name: [spelled(value) for value in values] for name, values in swept.items()}
+        mergers = ["drop", *(merger for merger in swept["mergers"] if merger != "drop")]
         sizes = [(ratio, None) for ratio in swept["compression_ratios"]]
         sizes += [(None, count) for count in swept["max_tokens"]]
         product = itertools.product(sizes, swept["quantize"], swept["scorers"], swept["budgets"], mergers)
         for (ratio, count), storage, scorer, budget, merger in product:
             if storage != DENSE:
                 parse_quantize(storage)
-            if scorer in ("random", {"name": "random"}):
+            if scorer == "random":
                 scorer = {"name": "random", "seed": self.seed}  # all mergers are to fold the same tokens
             variant = Variant(scorer, budget, merger, ratio, count, storage, self.sink_tokens, self.recent_tokens)
             # checked with the size that was given, before one that says nothing is left out
@@ -278,6 +281,13 @@ class EvaluationConfig:
     def from_json_file(cls, path: str | Path) -> "EvaluationConfig":
         """Read a config, such as `examples/ruler_qwen3_8b.json`."""
         return cls.from_dict(read_options(path, "an evaluation config"))
+
+
+def spelled(value: Any) -> Any:
+    """A stage without options as its name."""
+    if isinstance(value, Mapping) and set(value) == {"name"}:
+        return value["name"]
+    return value
 
 
 def check_list(name: str, values: Any, least: int = 1) -> None:

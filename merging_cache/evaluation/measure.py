@@ -111,13 +111,14 @@ class Measurer:
         self.model.generation_config = greedy
 
     @torch.no_grad()
-    def answers(self, examples: list[Example], variant: Variant) -> Iterator[dict[str, Any]]:
+    def answers(self, asked: list[tuple[Example, Encoded]], variant: Variant) -> Iterator[dict[str, Any]]:
         """Read the contexts, fold, then ask: the score of each answer, and what the cache cost."""
-        encoded, device = [self.encoder(example) for example in examples], self.model.device
+        examples, encoded = zip(*asked, strict=True)
+        device = self.model.device
         read, mask = self.encoder.pad([one.read for one in encoded], device)
-        asked, asked_mask = self.encoder.pad([one.asked for one in encoded], device)
+        question, question_mask = self.encoder.pad([one.asked for one in encoded], device)
         cache, costs = self._prefill(read, mask, variant)
-        prompt, whole_mask = torch.cat([read, asked], dim=1), torch.cat([mask, asked_mask], dim=1)
+        prompt, whole_mask = torch.cat([read, question], dim=1), torch.cat([mask, question_mask], dim=1)
         most = max(example.max_new_tokens for example in examples)
         output, seconds = self._generate(prompt, whole_mask, cache, most)
         release(cache)

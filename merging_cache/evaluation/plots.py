@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..picture import new_figure
+from .config import Variant
 from .summary import Summary
 
 
@@ -35,6 +36,11 @@ def heat_map(
     panel.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=8)
 
 
+def hue_of(variant: Variant) -> tuple[str, ...]:
+    """What caches of one colour have in common: all but the merger and the size."""
+    return tuple(variant.how[part] for part in ("scorer", "budget", "quantize"))
+
+
 def score_against_bytes(summary: Summary, length: int) -> Any:
     """A figure: for every way to choose and merge, its mean score over its share of the full cache's bytes."""
     figure, (panel,) = new_figure(8, 5)
@@ -47,7 +53,7 @@ def score_against_bytes(summary: Summary, length: int) -> Any:
         else:
             how = row.variant.how
             families.setdefault(" ".join(v for k, v in how.items() if v and k != "size"), []).append(row)
-    scorers = list(dict.fromkeys(row.variant.how["scorer"] for row in rows if not row.variant.is_full))
+    hues = list(dict.fromkeys(hue_of(row.variant) for row in rows if not row.variant.is_full))
     mergers = list(dict.fromkeys(row.variant.how["merger"] for row in rows if not row.variant.is_full))
     for name, members in families.items():
         members.sort(key=lambda row: row.share)
@@ -55,7 +61,7 @@ def score_against_bytes(summary: Summary, length: int) -> Any:
         panel.plot(
             [row.share for row in members],
             [row.values["score"] for row in members],
-            color=f"C{scorers.index(how['scorer']) % 10}",
+            color=f"C{hues.index(hue_of(members[0].variant)) % 10}",
             linestyle=["--", "-", "-.", ":"][mergers.index(how["merger"]) % 4],
             marker="xos^vD"[mergers.index(how["merger"]) % 6],
             markersize=5,
@@ -74,8 +80,11 @@ def gain_by_task(summary: Summary, length: int) -> Any | None:
     questions = summary.questions(length)
     merging = [one for one in summary.variants.values() if one.merges]
     found = {one.label: [summary.row([task], length, one) for task in questions] for one in merging}
-    found = {label: rows for label, rows in found.items() if all(row is not None and row.gained for row in rows)}
-    if not found:
+    # of a sweep that was stopped, the tasks that are complete
+    done = [all(rows[i] is not None and rows[i].gained for rows in found.values()) for i in range(len(questions))]
+    questions = list(itertools.compress(questions, done))
+    found = {label: list(itertools.compress(rows, done)) for label, rows in found.items()}
+    if not found or not questions:
         return None
     figure, (panel,) = new_figure(2.6 + 0.62 * len(questions), 1.4 + 0.3 * len(found))
     heat_map(
@@ -97,7 +106,9 @@ def save_plots(summary: Summary, folder: Path) -> dict[str, Any]:
         if summary.questions(length):
             figures[f"score_against_bytes_{length}.png"] = score_against_bytes(summary, length)
             figures[f"gain_by_task_{length}.png"] = gain_by_task(summary, length)
-    figures = {name: figure for name, figure in figures.items() if figure is not None}
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=110)
-    return figures
+        if figure is None:
+            (folder / name).unlink(missing_ok=True)  # of an earlier run, and true no more
+        else:
+            figure.savefig(folder / name, dpi=110)
+    return {name: figure for name, figure in figures.items() if figure is not None}

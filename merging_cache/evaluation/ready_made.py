@@ -33,11 +33,12 @@ def read_examples(source: str, tasks: Iterable[str] | None, count: int, seed: in
         of_tasks.setdefault(example.task, []).append(example)
     if not of_tasks:
         raise ValueError(f"{source} holds no example")
-    for task in tasks if tasks is not None else of_tasks:
+    tasks = list(dict.fromkeys(tasks)) if tasks is not None else sorted(of_tasks)
+    for task in tasks:
         if task not in of_tasks:
             raise ValueError(f"{source} holds no example of {task!r}; it holds {sorted(of_tasks)}")
     chosen = []
-    for task in tasks if tasks is not None else sorted(of_tasks):
+    for task in tasks:
         examples = of_tasks[task]
         picked = sorted(random.Random(f"{seed} {task}").sample(range(len(examples)), min(count, len(examples))))
         chosen += [examples[index] for index in picked]
@@ -62,7 +63,7 @@ def _records(source: str, folder: str | None) -> Iterable[Mapping[str, Any]]:
 
 def _read_json_lines(path: Path) -> list[Mapping[str, Any]]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} could not be read as JSON lines: {error}") from error
 
@@ -124,7 +125,8 @@ def example_of(record: Mapping[str, Any]) -> Example:
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not answers or not all(isinstance(one, str) and one for one in answers):
         raise ValueError(f"its {names[3]} is {answers!r}; expected a string or a list of strings")
-    most = record.get("max_new_tokens", kinds[0].max_new_tokens)
+    most = record.get("max_new_tokens")
+    most = kinds[0].max_new_tokens if most is None else most
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise ValueError(f"its max_new_tokens is {most!r}; expected a whole number of at least 1")
     return Example(task, context, question, answer_prefix, answers, most)

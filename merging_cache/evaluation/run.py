@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from .config import TEXT, EvaluationConfig, Variant, fingerprint
 from .english import English
 from .example import Example
-from .measure import Encoder, Measurer
+from .measure import Encoded, Encoder, Measurer
 from .needle_words import NeedleWords
 from .ready_made import read_examples
 from .results import Results
@@ -33,7 +33,8 @@ class Evaluation:
     """A sweep over a model: `run` measures what is missing, `results` holds what was measured.
 
     Started in several processes (`accelerate launch`, `torchrun`) they share the examples, batch by batch, or with
-    `tp_plan` the model: each then holds the caches of its own KV heads.
+    `tp_plan` the model: each then holds the caches of its own KV heads. Models below 50 million parameters on a CPU are
+    run in one thread, which stays so in the process.
 
     Args:
         config: what to measure.
@@ -73,13 +74,18 @@ class Evaluation:
         if chat and not self.tokenizer.chat_template:
             raise ValueError(f"chat is True, but the tokenizer of {self._path!r} has no chat template")
         self.encoder = Encoder(self.tokenizer, chat, config.question_in_context)
+        if output and config.data and Path(config.data).resolve() in (output.resolve(), *output.resolve().parents):
+            raise ValueError(f"the output {output} is inside the data {config.data}, of which it would become a part")
         self.examples = self._read_examples() if config.data is not None else self._make_examples()
+        self._encoded = {key: [self.encoder(one) for one in examples] for key, examples in self.examples.items()}
         self.windows = {length: self._read_text(length) for length in config.lengths} if config.text else {}
         if not self.examples and not self.windows:
             raise ValueError("there is nothing to ask: every task needs a file; give it, or a text")
         path = output / "results.jsonl" if output and self.state.is_main_process else None
         self.results = Results(path, config.setting | {"model": fingerprint(self._path), "chat": chat})
+        self.cells = self._make_cells()
         self._measurer: Measurer | None = None
+        self._rehearsed: list[Any] = []
 
     # What is asked ----------------------------------------------------------------------------------------------------
 
@@ -120,6 +126,8 @@ class Evaluation:
             tokens = self.encoder.length(longest)
             self._check_length(tokens, f"the length of an example of {longest.task} in {config.data}")
             for example in examples:
+                if not self.encoder(example).asked:
+                    raise ValueError(f"{config.data}: a question of {example.task} is {example.question!r}, no token")
                 made.setdefault((example.task, length or tokens), []).append(example)
         return made
 
@@ -140,8 +148,7 @@ class Evaluation:
 
     # How it is measured -----------------------------------------------------------------------------------------------
 
-    @property
-    def cells(self) -> list[Cell]:
+    def _make_cells(self) -> list[Cell]:
         """Every cell of the sweep."""
         asked: list[Cell] = [{"task": task, "context_length": length} for task, length in self.examples]
         text = fingerprint(self.config.text)
@@ -165,11 +172,10 @@ class Evaluation:
             return []
         if self._measurer is None:
             self._measurer = Measurer(self._load_model(), self.encoder)
-        rehearsed = []
         for cell in missing:
             kind = (cell["task"] == TEXT, cell["variant"])
-            if kind not in rehearsed:
-                rehearsed.append(kind)
+            if kind not in self._rehearsed:
+                self._rehearsed.append(kind)
                 list(self._measure_of(cell)(self._asked(cell)[:1], Variant(**cell["variant"])))
         return missing
 
@@ -201,17 +207,17 @@ class Evaluation:
 
     def _asked(self, cell: Cell) -> Sequence[Any]:
         task, length = cell["task"], cell["context_length"]
-        return self.windows[length] if task == TEXT else self.examples[task, length]
+        if task == TEXT:
+            return self.windows[length]
+        return list(zip(self.examples[task, length], self._encoded[task, length], strict=True))
 
     def _measure_of(self, cell: Cell) -> Callable[..., Iterator[dict[str, Any]]]:
         return self._measurer.text if cell["task"] == TEXT else self._measurer.answers
 
     def _measure(self, cell: Cell) -> dict[str, list]:
         """What was measured of every example of a cell, in order; complete on the main process."""
-        asked, variant, size = self._asked(cell), Variant(**cell["variant"]), self.config.batch_size
-        lengths = [len(one if cell["task"] == TEXT else self.encoder(one)) for one in asked]
-        order = sorted(range(len(asked)), key=lambda index: -lengths[index])  # like with like, since rows are padded
-        batches = [order[first : first + size] for first in range(0, len(order), size)]
+        asked, variant = self._asked(cell), Variant(**cell["variant"])
+        batches = self._batches([] if cell["task"] == TEXT else [encoded for _, encoded in asked], len(asked))
         if self.config.tp_plan is None:  # whole batches, so that who measures one changes nothing
             batches = batches[self.state.process_index :: self.state.num_processes]
         rows = []
@@ -224,6 +230,24 @@ class Evaluation:
             of_examples.setdefault(index, []).append(row)
         examples = [together(of_examples[index]) for index in sorted(of_examples)]
         return {name: [one[name] for one in examples] for name in examples[0]}
+
+    def _batches(self, encoded: list[Encoded], count: int) -> list[list[int]]:
+        """Indices of examples that are measured together: contexts of like lengths, questions of the same.
+
+        A question that is padded would give its row more slots when it is folded.
+        """
+        order = list(range(count))
+        if encoded:
+            order.sort(key=lambda index: (len(encoded[index].asked), -len(encoded[index].read)))
+        batches: list[list[int]] = []
+        for index in order:
+            last = batches[-1] if batches else []
+            alike = last and (not encoded or len(encoded[last[0]].asked) == len(encoded[index].asked))
+            if alike and len(last) < self.config.batch_size:
+                last.append(index)
+            else:
+                batches.append([index])
+        return batches
 
 
 def tensor_parallel(plan: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from ..states import TILE, LayerStates, Slots, Survivors, count_evicted, gather_tokens, holders_of
+from ..states import DROPPED, TILE, LayerStates, Slots, Survivors, count_evicted, gather_tokens, holders_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Routing:
         """`Slots.holders`: survivors hold themselves and what has a weight."""
         if not states.traced:
             return None
-        by = survivors.indices.gather(2, self.target).masked_fill(self.weight <= 0, -1)
+        by = survivors.indices.gather(2, self.target).masked_fill(self.weight <= 0, DROPPED)
         return holders_of(
             states, torch.cat([survivors.indices, self.evicted], 2), torch.cat([survivors.indices, by], 2)
         )
