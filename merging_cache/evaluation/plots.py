@@ -25,7 +25,7 @@ def heat_map(
     number: str = "+.2f",
 ) -> None:
     """Numbers `[rows, columns]` on colours that saturate at `-limit` and `limit`; bold where `is_sure`."""
-    panel.imshow(table, cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
+    panel.imshow(table.numpy(), cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
     for row, column in itertools.product(range(len(rows)), range(len(columns))):
         value = table[row, column].item()
         weight = "bold" if is_sure[row, column] else "normal"
