@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 from transformers.utils import logging
 
 from merging_cache import MergingDynamicCache, MergingQuantizedCache
-from merging_cache.report import align
+from merging_cache.report import align, report_layers
 from needle_tasks import Context, Question, make_context, score
 
 KINDS = {"multi-key": "look-up", "copy": "copy", "frequent": "top 3"}
@@ -82,13 +82,6 @@ def build_variants(model, scorer: str, ratios: list[float]) -> list[Variant]:
     return variants
 
 
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of the keys and values a cache holds, and of all it needs besides."""
-    if isinstance(cache, MergingDynamicCache):
-        return cache.report().total.bytes_now
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.keys is not None)
-
-
 def pick_questions(rng: random.Random, context: Context, lookups: int) -> list[Question]:
     """Some of the look-ups of a context and all its other questions."""
     by_kind = {kind: [q for q in context.questions if q.kind == kind] for kind in KINDS}
@@ -106,7 +99,7 @@ def ask(model, tokenizer, variant: Variant, context: Context, questions: list[Qu
     context_ids = tokenizer(context.text, return_tensors="pt").input_ids.to(device)
     cache = variant.make_cache()
     model(context_ids, past_key_values=cache, logits_to_keep=1)
-    variant.nbytes += cache_bytes(cache)
+    variant.nbytes += report_layers(cache.layers).total.bytes_now
     for question in questions:
         question_ids = tokenizer(" " + question.prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(
             device

@@ -550,7 +550,7 @@ def test_answers_do_not_depend_on_the_batch_size(scorer, tmp_path):
         config = EvaluationConfig(**options, data=str(tmp_path / "data.jsonl"), batch_size=batch_size)
         evaluation = Evaluation(config)
         evaluation.run(progress=False)
-        batches = evaluation._batches(next(iter(evaluation._encoded.values())), 9)
+        batches = evaluation._batches(evaluation.cells[0])
         assert sorted(index for batch in batches for index in batch) == list(range(9))
         of_sizes.append([columns["prediction"] for columns in measured(evaluation).values()])
     assert len({len(batch) for batch in batches}) > 1 or len(batches) > 1
@@ -565,8 +565,8 @@ def test_nothing_is_rehearsed_twice(small, monkeypatch):
     evaluation.prepare()
     assert len(calls) == len(evaluation.config.variants)
     evaluation.run(progress=False)
-    batches = sum(len(evaluation._batches(encoded, 5)) for encoded in evaluation._encoded.values())
-    assert len(calls) == len(evaluation.config.variants) * (1 + batches)
+    batches = sum(len(evaluation._batches(cell)) for cell in evaluation.cells)
+    assert len(calls) == len(evaluation.config.variants) + batches
 
 
 def test_a_stage_is_one_however_it_is_spelled():

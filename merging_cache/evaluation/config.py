@@ -105,6 +105,11 @@ class Variant:
         """What tables and plots call it."""
         return " ".join(part for part in self.how.values() if part)
 
+    @property
+    def key(self) -> str:
+        """What tells it from others; labels may not."""
+        return key_of(self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
         """Its fields, those left out that are the defaults."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value != getattr(Variant, name)}
@@ -232,7 +237,7 @@ class EvaluationConfig:
     @property
     def variants(self) -> list[Variant]:
         """The full cache, then every cache of the sweep, each once."""
-        found = {key_of({}): Variant()}
+        found = {Variant().key: Variant()}
         check_list("grids", self.grids, least=0)
         for grid in self.grids or ({},):
             if not isinstance(grid, Mapping):
@@ -241,7 +246,7 @@ class EvaluationConfig:
             if unknown:
                 raise ValueError(f"a grid names {unknown[0]!r}; it may name {list(self.SWEPT)}")
             for variant in self._product(**{name: grid.get(name, getattr(self, name)) for name in self.SWEPT}):
-                found.setdefault(key_of(variant.to_dict()), variant)
+                found.setdefault(variant.key, variant)
         return list(found.values())
 
     def _product(self, **swept: Sequence[Any]) -> Iterator[Variant]:

@@ -61,14 +61,14 @@ _DOCUMENTS = Frame(
 
 
 @cache
-def _english(category: str) -> list[str]:
+def _english(*categories: str) -> list[str]:
     try:
         from wonderwords import RandomWord
     except ImportError as error:
         raise ValueError(
             "RULER's tasks in English draw their words from the package wonderwords; pip install 'merging_cache[eval]'"
         ) from error
-    return sorted(set(RandomWord().filter(include_categories=[category])))
+    return sorted(set(RandomWord().filter(include_categories=categories)))
 
 
 class English(Wording):
@@ -161,8 +161,7 @@ class English(Wording):
         return f"VAR {variable} = {value}" if value.isdigit() else f"VAR {variable} = VAR {value} "
 
     def list_words(self, rng: random.Random, count: int) -> list[str]:
-        words = sorted({word for category in ("noun", "adjective", "verb") for word in _english(category)})
-        return sample(rng, words, count, "words")
+        return sample(rng, _english("noun", "adjective", "verb"), count, "words")
 
     def word_list(self, words: Sequence[str]) -> str:
         return " ".join(f"{number}. {word}" for number, word in enumerate(words, start=1))

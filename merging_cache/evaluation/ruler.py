@@ -235,7 +235,8 @@ class DocumentQuestions(Task):
         quiz = wording.quiz(self.source, rng, size)
         question = quiz.questions[index % len(quiz.questions)]
         related = [number for number in question.related if number not in question.own]
-        others = [number for number in range(len(quiz.documents)) if number not in {*question.own, *related}]
+        near = {*question.own, *related}
+        others = [number for number in range(len(quiz.documents)) if number not in near]
         texts = [quiz.documents[number] for number in question.own]
         for number in rng.sample(related, len(related)) + rng.sample(others, len(others)):
             if size <= 0:

@@ -1,5 +1,6 @@
 """Runs a sweep: every cache reads the same contexts and is asked the same questions, cell by cell."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from .config import TEXT, EvaluationConfig, Variant, fingerprint
 from .english import English
 from .example import Example
-from .measure import Encoded, Encoder, Measurer
+from .measure import Encoder, Measurer
 from .needle_words import NeedleWords
 from .ready_made import read_examples
 from .results import Results
@@ -216,8 +217,7 @@ class Evaluation:
 
     def _measure(self, cell: Cell) -> dict[str, list]:
         """What was measured of every example of a cell, in order; complete on the main process."""
-        asked, variant = self._asked(cell), Variant(**cell["variant"])
-        batches = self._batches([] if cell["task"] == TEXT else [encoded for _, encoded in asked], len(asked))
+        asked, variant, batches = self._asked(cell), Variant(**cell["variant"]), self._batches(cell)
         if self.config.tp_plan is None:  # whole batches, so that who measures one changes nothing
             batches = batches[self.state.process_index :: self.state.num_processes]
         rows = []
@@ -231,22 +231,19 @@ class Evaluation:
         examples = [together(of_examples[index]) for index in sorted(of_examples)]
         return {name: [one[name] for one in examples] for name in examples[0]}
 
-    def _batches(self, encoded: list[Encoded], count: int) -> list[list[int]]:
+    def _batches(self, cell: Cell) -> list[list[int]]:
         """Indices of examples that are measured together: contexts of like lengths, questions of the same.
 
         A question that is padded would give its row more slots when it is folded.
         """
-        order = list(range(count))
-        if encoded:
-            order.sort(key=lambda index: (len(encoded[index].asked), -len(encoded[index].read)))
-        batches: list[list[int]] = []
-        for index in order:
-            last = batches[-1] if batches else []
-            alike = last and (not encoded or len(encoded[last[0]].asked) == len(encoded[index].asked))
-            if alike and len(last) < self.config.batch_size:
-                last.append(index)
-            else:
-                batches.append([index])
+        sizes = [(0, 0)] * len(self._asked(cell))  # windows of a text are alike
+        if cell["task"] != TEXT:
+            sizes = [(len(encoded.asked), -len(encoded.read)) for _, encoded in self._asked(cell)]
+        batches, most = [], self.config.batch_size
+        order = sorted(range(len(sizes)), key=sizes.__getitem__)
+        for _, group in itertools.groupby(order, key=lambda index: sizes[index][0]):
+            alike = list(group)
+            batches += [alike[first : first + most] for first in range(0, len(alike), most)]
         return batches
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .config import TEXT, Variant
 from .metrics import bootstrap_interval_of_tasks
-from .results import Results, key_of
+from .results import Results
 
 
 @dataclass(frozen=True)
@@ -96,13 +96,13 @@ class Summary:
         self._measured: dict[tuple[str, int, str], dict[str, list]] = {}
         self.variants: dict[str, Variant] = {}
         self.tasks: dict[int, list[str]] = {}
+        self._rows: dict[tuple[tuple[str, ...], int, str], Row | None] = {}
         for cell in cells:
             if cell in results:
                 variant = Variant(**cell["variant"])
                 task, length = cell["task"], cell["context_length"]
-                key = key_of(variant.to_dict())
-                self.variants[key] = variant
-                self._measured[task, length, key] = results[cell]
+                self.variants[variant.key] = variant
+                self._measured[task, length, variant.key] = results[cell]
                 if task not in self.tasks.setdefault(length, []):
                     self.tasks[length].append(task)
 
@@ -112,11 +112,16 @@ class Summary:
 
     def measured(self, task: str, length: int, variant: Variant) -> dict[str, list] | None:
         """What was measured of every example of a cell."""
-        return self._measured.get((task, length, key_of(variant.to_dict())))
+        return self._measured.get((task, length, variant.key))
 
     def row(self, tasks: Sequence[str], length: int, variant: Variant) -> Row | None:
         """A cache on some tasks; `None` where not all of them were measured."""
+        key = (tuple(tasks), length, variant.key)
+        if key not in self._rows:  # tables, pictures and the page ask for the same ones
+            self._rows[key] = self._make_row(tasks, length, variant)
+        return self._rows[key]
 
+    def _make_row(self, tasks: Sequence[str], length: int, variant: Variant) -> Row | None:
         def of(one: Variant, metric: str) -> list[Tensor] | None:
             measured = [self.measured(task, length, one) for task in tasks]
             if not measured or None in measured:
