@@ -247,7 +247,7 @@ def num_tokens_per_head(states: LayerStates) -> int:
 def check_finite(states: LayerStates) -> None:
     """Refuse to fold NaN or infinite states: they would spread to every survivor they are merged into."""
     for name, tensor in (("keys", states.keys), ("values", states.values)):
-        if not tensor.isfinite().all():
+        if not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(
                 f"layer {states.layer_idx} has non-finite {name} (NaN or infinity) and cannot be folded; the model "
                 f"overflowed in {tensor.dtype}: load it in bfloat16 or float32, or look at its inputs"

@@ -3,6 +3,7 @@
 Plain tensors and nothing else: scorers, budgets and mergers know these records and torch, never transformers.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -335,8 +336,15 @@ class Survivors:
 
     def evicted(self, num_tokens: int) -> Tensor:
         """`[B, H, L - K]`, the ascending indices of the tokens that lose their slot, where all heads lose as many."""
-        batch, heads, kept = self.indices.shape
-        return (~self.mask(num_tokens)).nonzero()[:, 2].view(batch, heads, num_tokens - kept)
+        kept = self.indices.shape[2]
+        # a stable sort, and not `nonzero`, whose size a GPU would have to tell first
+        return (
+            self.mask(num_tokens)
+            .to(torch.uint8)
+            .sort(dim=-1, stable=True)
+            .indices[..., : num_tokens - kept]
+            .contiguous()
+        )
 
 
 @dataclass(frozen=True)
@@ -436,8 +444,13 @@ class Slots:
 
 
 def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:
-    """`[B, H, L, D]` and indices `[B, H, K]` to `[B, H, K, D]`, a new tensor."""
-    return states.gather(2, indices.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
+    """`[..., L, D]` and indices `[..., K]` to `[..., K, D]`, a new tensor."""
+    *leading, length, dim = states.shape
+    if not states.is_contiguous():
+        return states.gather(-2, indices.unsqueeze(-1).expand(*indices.shape, dim))
+    # whole rows of one matrix: a fraction of the time of `gather`, which looks up every number by itself
+    heads = torch.arange(math.prod(leading), device=indices.device).view(*leading, 1)
+    return states.view(-1, dim).index_select(0, (indices + length * heads).flatten()).view(*indices.shape, dim)
 
 
 def holders_of(states: LayerStates, tokens: Tensor | None = None, holders: Tensor | None = None) -> Tensor | None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import reference
 from merging_cache import BUDGETS, LayerStates, Survivors
 from merging_cache.mergers import DropMerger, SimilarityMerger, routing
-from merging_cache.states import top_tokens
+from merging_cache.states import gather_tokens, top_tokens
 
 pytestmark = pytest.mark.core
 
@@ -90,7 +90,7 @@ def test_untouched_survivors_keep_their_bits():
     states, survivors = some_states(40), some_survivors(40, 12)
     states = LayerStates(states.keys.bfloat16(), states.values.bfloat16())
     slots = SimilarityMerger(max_merge_per_token=1, merge_fraction=0.2).merge(states, survivors)
-    own = routing.gather_tokens(states.values, survivors.indices)
+    own = gather_tokens(states.values, survivors.indices)
     same = (slots.values == own).all(-1)
     assert ((~same).sum(-1) <= slots.num_merged).all()
     assert same.any()

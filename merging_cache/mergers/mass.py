@@ -33,11 +33,13 @@ class MassMerger(ReferenceMerger):
     Args:
         queries: see `ReferenceMerger`.
         routing: `"attention"`, to the survivor whose attention explains most of the token's, the largest
-            `<a_i, a_j>^2 / <a_j, a_j>`; `"keys"`, to the one with the most similar key.
+            `<a_i, a_j>^2 / <a_j, a_j>`; `"keys"`, to the one with the most similar key; `"local"`, of those at most
+            `window` positions away, in time that grows with the length and not with its square.
+        window: how many positions that is. A token that has no such survivor is dropped.
         lookup_share: the share of the queries to come that are taken to look up a single token.
         least_explained: tokens of which a smaller fraction `<a_i, a_j>^2 / (<a_i, a_i> <a_j, a_j>)` is explained are
             dropped.
-        similarity_threshold: with `"keys"`, tokens less similar than this to every survivor are dropped.
+        similarity_threshold: unless by `"attention"`, tokens less similar than this to every survivor are dropped.
         max_ratio: the largest r_ij; larger ones are cut.
         max_added: the largest sum of r_ij of a slot; they are scaled down to it.
 
@@ -47,7 +49,8 @@ class MassMerger(ReferenceMerger):
 
     has_mass = True
 
-    routing: Literal["attention", "keys"] = "keys"
+    routing: Literal["attention", "keys", "local"] = "keys"
+    window: int = option(256, minimum=1)
     lookup_share: float = option(0.0, minimum=0, maximum=1)
     least_explained: float = option(0.0, minimum=0, maximum=1)
     similarity_threshold: float = option(-1.0, minimum=-1, maximum=1)
@@ -56,9 +59,14 @@ class MassMerger(ReferenceMerger):
 
     def merge_heads(self, states: LayerStates, survivors: Survivors) -> Slots:
         attention = full_attention(states).mT  # [B, H, L, n]
-        routing = nearest_survivors(states.keys if self.routing == "keys" else attention, survivors)
+        routing = nearest_survivors(
+            attention if self.routing == "attention" else states.keys,
+            survivors,
+            positions=states.positions,
+            window=self.window if self.routing == "local" else None,
+        )
         routing = self._weighted(routing, attention, states.values, survivors)
-        if self.routing == "keys":
+        if self.routing != "attention":
             routing = routing.kept_where(routing.similarity >= self.similarity_threshold)
         return routing.capped(self.max_added, survivors.indices.shape[2]).slots(states, survivors, mass=True)
 

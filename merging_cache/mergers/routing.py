@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import embedding_bag
 
 from ..states import DROPPED, TILE, LayerStates, Slots, Survivors, count_evicted, gather_tokens, holders_of
+from .nearest import Search
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,15 @@ class Routing:
             mass: whether a slot draws as much more attention as was folded into it: `log(1 + sum_i w_i)` is added to
                 its log-mass.
         """
-        slots = Slots.of_survivors(states, survivors)
         num_merged, num_dropped = count_evicted(states, self.evicted, self.weight > 0)
         values, added = self.fold(states.values, survivors)
-        log_mass = slots.log_mass
+        log_mass = None if states.log_mass is None else states.log_mass.gather(2, survivors.indices)
         if mass:
             log_mass = added.log1p() if log_mass is None else log_mass + added.log1p()
-        return replace(
-            slots,
-            keys=self.fold(states.keys, survivors)[0] if keys else slots.keys,
+        return Slots(
+            keys=self.fold(states.keys, survivors)[0] if keys else gather_tokens(states.keys, survivors.indices),
             values=values,
+            positions=states.positions.gather(2, survivors.indices),
             log_mass=log_mass,
             num_merged=num_merged,
             num_dropped=num_dropped,
@@ -99,7 +99,8 @@ class Routing:
     def totals(self, num_slots: int) -> Tensor:
         """`[B, H, K]`, the sum of the weights of what is folded into each of the K slots."""
         every = torch.arange(self.weight.shape[2], device=self.weight.device).expand_as(self.target)
-        return replace(self, evicted=every).sums(torch.ones_like(self.weight).unsqueeze(-1), num_slots).squeeze(-1)
+        ones = torch.ones_like(self.weight).unsqueeze(-1)
+        return weighted_sums(ones, every, self.target, self.weight, num_slots).squeeze(-1)
 
     def fold(self, states: Tensor, survivors: Survivors) -> tuple[Tensor, Tensor]:
         """The weighted mean `(s_j + sum_i w_i s_i) / (1 + sum_i w_i)` of every survivor and what is folded into it.
@@ -107,56 +108,63 @@ class Routing:
         `states` are `[B, H, L, D]`, the means are `[B, H, K, D]` in their dtype, summed in fp32. Survivors into which
         nothing is folded keep their exact bits. Also returned are the sums of the weights, `[B, H, K]`.
         """
-        own = gather_tokens(states, survivors.indices)
-        batch, heads, kept, dim = own.shape
-        folded = own.view(batch * heads * kept, dim)
-        added = torch.zeros((batch * heads * kept, 1), device=states.device)
-        for first, touched, total, mass in self._segments(states, kept):
-            mean = (folded[first + touched].float() + total) / (1.0 + mass)
-            folded[first + touched] = mean.to(states.dtype)
-            added[first + touched] = mass
-        return own, added.view(batch, heads, kept)
+        kept = survivors.indices.shape[2]
+        added = self.totals(kept)
+        share = (1.0 + added).reciprocal()
+        every = torch.arange(kept, device=share.device).expand_as(survivors.indices)
+        members = torch.cat([survivors.indices, self.evicted], dim=2)
+        slots = torch.cat([every, self.target], dim=2)
+        weights = torch.cat([share, self.weight * share.gather(2, self.target)], dim=2)
+        return weighted_sums(states, members, slots, weights, kept, dtype=states.dtype), added
 
     def sums(self, states: Tensor, num_slots: int) -> Tensor:
         """`[B, H, K, D]` in fp32, the weighted sums of what is folded into each survivor, itself left out."""
-        batch, heads, _, dim = states.shape
-        sums = torch.zeros((batch * heads * num_slots, dim), device=states.device)
-        for first, touched, total, _ in self._segments(states, num_slots):
-            sums[first + touched] = total
-        return sums.view(batch, heads, num_slots, dim)
-
-    def _segments(self, states: Tensor, kept: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Some heads at a time: the first of their slots, which of them take something in, and its sum and weight."""
-        batch, heads, _, dim = states.shape
-        flat = states.flatten(0, 1)
-        for rows in head_slices(batch * heads, states.shape[2] * dim):
-            target, weight = self.target.flatten(0, 1)[rows], self.weight.flatten(0, 1)[rows]
-            n = target.shape[0]
-            slot = (target + kept * torch.arange(n, device=target.device).unsqueeze(1)).masked_fill(
-                weight <= 0, n * kept
-            )
-            slot, order = slot.flatten().sort(stable=True)
-            merged = int((slot < n * kept).sum())
-            if merged == 0:
-                continue
-            slot, order = slot[:merged], order[:merged]
-            lengths = torch.searchsorted(slot, torch.arange(n * kept + 1, device=slot.device)).diff()
-            tokens = self.evicted.flatten(0, 1)[rows].flatten()[order]
-            weights = weight.flatten()[order].unsqueeze(1)
-            weighted = flat[order // target.shape[1] + rows.start, tokens].float() * weights
-            total = torch.segment_reduce(weighted, "sum", lengths=lengths, axis=0)
-            mass = torch.segment_reduce(weights.contiguous(), "sum", lengths=lengths, axis=0)
-            touched = lengths.nonzero().squeeze(1)
-            yield rows.start * kept, touched, total[touched], mass[touched]
+        return weighted_sums(states, self.evicted, self.target, self.weight, num_slots)
 
 
-def nearest_survivors(features: Tensor, survivors: Survivors, by_distance: bool = False) -> Routing:
+def weighted_sums(
+    states: Tensor, tokens: Tensor, slots: Tensor, weights: Tensor, num_slots: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`[B, H, K, D]`, for each of K slots the sum of `weights` times `states`, in fp32 and of ascending tokens.
+
+    Args:
+        states: `[B, H, L, D]`.
+        tokens, slots, weights: `[B, H, N]`, which tokens are summed, into which slot, and by what they are multiplied.
+        num_slots: K.
+        dtype: of the result.
+    """
+    batch, heads, length, dim = states.shape
+    sums = torch.empty((batch * heads, num_slots, dim), dtype=dtype, device=states.device)
+    flat, tokens, slots, weights = (part.flatten(0, 1) for part in (states, tokens, slots, weights))
+    for rows in head_slices(batch * heads, length * dim if states.dtype != torch.float32 else tokens.shape[1]):
+        number = torch.arange(rows.stop - rows.start, device=states.device).unsqueeze(1)
+        slot, order = (slots[rows] + num_slots * number).flatten().sort(stable=True)
+        bags = torch.searchsorted(slot, torch.arange(len(number) * num_slots + 1, device=slot.device))
+        sums[rows] = embedding_bag(
+            (tokens[rows] + length * number).flatten()[order],
+            flat[rows].flatten(0, 1).float(),
+            bags,
+            mode="sum",
+            per_sample_weights=weights[rows].flatten()[order],
+            include_last_offset=True,
+        ).view(len(number), num_slots, dim)
+    return sums.view(batch, heads, num_slots, dim)
+
+
+def nearest_survivors(
+    features: Tensor,
+    survivors: Survivors,
+    by_distance: bool = False,
+    positions: Tensor | None = None,
+    window: int | None = None,
+) -> Routing:
     """Route every evicted token to the unprotected survivor whose features are most like its own.
 
     Args:
         features: `[B, H, L, F]`, of every token: keys, say.
         survivors: which tokens survive.
         by_distance: the closest instead of the one with the largest cosine.
+        positions, window: `[B, H, L]`, the positions of all tokens, and how far away a survivor may be; `None` for any.
 
     Returns:
         a routing with weights of 1 where there is a survivor to go to, else 0. Its similarities are cosines, or minus
@@ -165,33 +173,31 @@ def nearest_survivors(features: Tensor, survivors: Survivors, by_distance: bool 
     evicted = survivors.evicted(features.shape[2])
     batch, heads, count = evicted.shape
     kept = survivors.indices.shape[2]
-    similarity = torch.full((batch * heads, count), -torch.inf, device=evicted.device)
-    target = torch.zeros((batch * heads, count), dtype=torch.long, device=evicted.device)
-
-    forbidden = torch.zeros_like(survivors.indices, dtype=torch.bool)
+    flat, indices = features.flatten(0, 1), survivors.indices.flatten(0, 1)
+    bias = torch.zeros(indices.shape, device=indices.device)
     if survivors.protected is not None:
-        forbidden |= survivors.protected
-    bias = torch.zeros(forbidden.shape, device=forbidden.device).masked_fill(forbidden, -torch.inf).flatten(0, 1)
-
-    def prepared(tokens: Tensor) -> Tensor:
-        return tokens.float() if by_distance else normalize(tokens.float(), dim=-1)
-
-    flat, indices, lost = features.flatten(0, 1), survivors.indices.flatten(0, 1), evicted.flatten(0, 1)
-    for rows in head_slices(batch * heads, 256 * kept):
-        # the first maximum wins, so the later survivors come first
-        candidates = prepared(_take(flat[rows], indices[rows].flip(1)))
-        candidate_bias = bias[rows].flip(1)
-        if by_distance:
-            candidate_bias = candidate_bias - candidates.square().sum(dim=-1) / 2
-        step = max(1, TILE // (candidates.shape[0] * kept))
-        for start in range(0, count, step):
-            tile = prepared(_take(flat[rows], lost[rows, start : start + step]))
-            best = torch.baddbmm(candidate_bias.unsqueeze(1), tile, candidates.mT).max(dim=-1)
-            value = best.values - tile.square().sum(dim=-1) / 2 if by_distance else best.values
-            similarity[rows, start : start + step] = value
-            target[rows, start : start + step] = kept - 1 - best.indices
+        bias.masked_fill_(survivors.protected.flatten(0, 1), -torch.inf)
+    lengths = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float32)
+    scale = None
+    if by_distance:
+        bias -= lengths.gather(1, indices).square() / 2
+    else:
+        scale = lengths.clamp_min(1e-12).reciprocal()
+    # of equal candidates the first wins, so the later survivors come first
+    similarity, place = Search(
+        flat,
+        scale,
+        evicted.flatten(0, 1),
+        indices.flip(1),
+        bias.flip(1),
+        unbiased=not by_distance,
+        positions=None if positions is None else positions.flatten(0, 1),
+        window=window,
+    ).run()
+    if by_distance:
+        similarity = similarity - lengths.gather(1, evicted.flatten(0, 1)).square() / 2
     similarity = similarity.view(batch, heads, count)
-    return Routing(evicted, target.view(batch, heads, count), similarity, (similarity > -torch.inf).float())
+    return Routing(evicted, (kept - 1 - place).view(batch, heads, count), similarity, (similarity > -torch.inf).float())
 
 
 def masses(states: LayerStates) -> Tensor:
@@ -206,11 +212,6 @@ def head_slices(heads: int, elements_per_head: int) -> Iterator[slice]:
     step = max(1, TILE // max(1, elements_per_head))
     for start in range(0, heads, step):
         yield slice(start, min(start + step, heads))
-
-
-def _take(states: Tensor, indices: Tensor) -> Tensor:
-    """`[N, L, D]` and `[N, K]` to `[N, K, D]`."""
-    return states.gather(1, indices.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
 
 
 def _most_similar_first(similarity: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Average each evicted value into the survivor with the most similar key: the rule this project starts from."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -28,6 +29,9 @@ class SimilarityMerger(Merger):
         value_norm_weighting: without it the weight is `max(c, 0)`.
         merge_keys: fold keys too, with the same weights. Off, because averaging keys of different positions was
             measured to harm.
+        routing: `"exact"`, to the most similar of all survivors; `"local"`, of those at most `window` positions away,
+            in time that grows with the length and not with its square. A token that has no such survivor is dropped.
+        window: how many positions that is.
         log_mass: also add `log(1 + sum_i w_i)` to the survivor's attention logits, which needs the model.
 
     Raises:
@@ -39,6 +43,8 @@ class SimilarityMerger(Merger):
     value_norm_weighting: bool = True
     max_merge_per_token: int = option(0, minimum=0)
     merge_keys: bool = False
+    routing: Literal["exact", "local"] = "exact"
+    window: int = option(256, minimum=1)
     log_mass: bool = False
 
     @property
@@ -51,7 +57,8 @@ class SimilarityMerger(Merger):
         return self._route(states, survivors).slots(states, survivors, keys=self.merge_keys, mass=self.log_mass)
 
     def _route(self, states: LayerStates, survivors: Survivors) -> Routing:
-        routing = nearest_survivors(states.keys, survivors)
+        window = self.window if self.routing == "local" else None
+        routing = nearest_survivors(states.keys, survivors, positions=states.positions, window=window)
         weight = routing.similarity.clamp_min(0.0)
         if self.value_norm_weighting:
             norms = torch.linalg.vector_norm(states.values, dim=-1, dtype=torch.float32)

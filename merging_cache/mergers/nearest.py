@@ -1,0 +1,282 @@
+"""The nearest candidate of every token: exact, in memory that grows with the number of tokens and not with its square.
+
+Three engines give the same answer. `tiled` multiplies a tile of tokens with all candidates in fp32, anywhere.
+`screened` does so in 8 or 16 bits on CPUs that are faster there, and looks again in fp32 at those few candidates that
+rounding could have confused. `nearest_triton.py` keeps the products on the chip of a GPU.
+"""
+
+from dataclasses import dataclass, fields
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..states import TILE, gather_tokens
+
+CHUNK = 32  # candidates of which the largest product is found first
+FEW = 16  # candidates per token that rounding may have confused; where there are more, more bits are worth it
+SMALL = 1 << 18  # products of one head below which they are all computed in fp32
+
+
+@dataclass(frozen=True)
+class Search:
+    """For each of some tokens the candidate with the largest `<s_i f_i, s_j f_j> + b_j`; of equal ones, the first.
+
+    Args:
+        features: `[N, L, F]`, f, of every token of N heads.
+        scale: `[N, L]`, s, or `None` for 1.
+        tokens: `[N, E]`, indices of the tokens that ask.
+        candidates: `[N, K]`, indices of those they choose from.
+        bias: `[N, K]` in fp32, b; `-inf` for a candidate that must not be chosen.
+        unbiased: whether b is 0 or `-inf` everywhere.
+        positions, window: `[N, L]`, ascending, and how many positions away a candidate may be; `None` for any number.
+    """
+
+    features: Tensor
+    scale: Tensor | None
+    tokens: Tensor
+    candidates: Tensor
+    bias: Tensor
+    unbiased: bool = True
+    positions: Tensor | None = None
+    window: int | None = None
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """The largest value `[N, E]` (`-inf` if there is no candidate) and which of the candidates has it."""
+        if self.window is not None:
+            return local(self)
+        if self.unbiased and precisions(self.features.device.type) and self._products_per_head >= SMALL:
+            return screened(self)
+        return tiled(self)
+
+    @property
+    def _products_per_head(self) -> int:
+        return self.tokens.shape[1] * self.candidates.shape[1]
+
+    def head(self, index: int) -> "Search":
+        """That of one head."""
+        own = {one.name: getattr(self, one.name) for one in fields(self)}
+        return Search(
+            **{name: part[index : index + 1] if isinstance(part, Tensor) else part for name, part in own.items()}
+        )
+
+    def vectors(self, heads: slice, indices: Tensor) -> Tensor:
+        """`[n, I, F]` in fp32, the scaled features of the tokens of these indices `[n, I]` of some heads."""
+        taken = gather_tokens(self.features[heads], indices).float()
+        return taken if self.scale is None else taken.mul_(self.scale[heads].gather(1, indices).unsqueeze(-1))
+
+
+def tiled(search: Search) -> tuple[Tensor, Tensor]:
+    """All products in fp32, some heads and a tile of tokens at a time."""
+    value, index = _results(search)
+    (heads, asking), count = search.tokens.shape, search.candidates.shape[1]
+    at_once = max(1, TILE // (256 * count))
+    for first in range(0, heads, at_once):
+        here = slice(first, min(first + at_once, heads))
+        candidates, bias = search.vectors(here, search.candidates[here]), search.bias[here].unsqueeze(1)
+        step = max(1, TILE // (len(candidates) * count))
+        for start in range(0, asking, step):
+            tile = search.vectors(here, search.tokens[here, start : start + step])
+            products = torch.baddbmm(bias, tile, candidates.mT)
+            value[here, start : start + step], index[here, start : start + step] = _first_largest(products)
+    return value, index
+
+
+def _first_largest(products: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of the last dimension and where it is first, faster than by `max`, which keeps track of the place."""
+    count = products.shape[-1]
+    if count % CHUNK:
+        best = products.max(dim=-1)
+        return best.values, best.indices
+    chunks = products.unflatten(-1, (-1, CHUNK))
+    best = chunks.amax(dim=-1).max(dim=-1)
+    place = best.indices[..., None, None].expand(*best.indices.shape, 1, CHUNK)
+    inside = chunks.gather(-2, place).squeeze(-2).max(dim=-1).indices
+    return best.values, best.indices * CHUNK + inside
+
+
+# Among candidates that are near ---------------------------------------------------------------------------------------
+
+
+def local(search: Search) -> tuple[Tensor, Tensor]:
+    """Blocks of tokens with those of their own and the two neighbouring blocks, in time that grows with L alone.
+
+    Positions ascend, so that no token within the window is further away than the next block. Evicted or not, all tokens
+    of a block are multiplied with all others: gathering those that matter would cost more.
+    """
+    positions, window = search.positions, search.window
+    heads, length = positions.shape
+    block = -(-window // CHUNK) * CHUNK
+    blocks = -(-length // block)
+    around = (block, block * (blocks + 1) - length)
+    later_first = torch.arange(length - 1, -1, -1, device=positions.device).unsqueeze(0)
+    bias = torch.full(positions.shape, -torch.inf, device=positions.device)
+    bias = bias.scatter_(1, search.candidates, search.bias).flip(1)
+    value, best = torch.empty_like(bias), torch.empty_like(positions)
+    at_once = max(1, TILE // (3 * block * block))
+    for head in range(heads):
+        here = slice(head, head + 1)
+        vectors = torch.nn.functional.pad(search.vectors(here, later_first)[0], (0, 0, *around))
+        where = torch.nn.functional.pad(positions[head].flip(0), around)
+        may = torch.nn.functional.pad(bias[head], around, value=-torch.inf)
+        for first in range(0, blocks, at_once):
+            last = min(first + at_once, blocks)
+            middle = slice((first + 1) * block, (last + 1) * block)
+            places, closed = (
+                part[first * block : (last + 2) * block].unfold(0, 3 * block, block) for part in (where, may)
+            )
+            apart = (where[middle].view(-1, block, 1) - places.unsqueeze(1)).abs_()
+            products = torch.baddbmm(
+                closed.unsqueeze(1).masked_fill(apart > window, -torch.inf),
+                vectors[middle].view(last - first, block, -1),
+                vectors[first * block : (last + 2) * block].unfold(0, 3 * block, block),
+            )
+            largest, place = (part.flatten() for part in _first_largest(products))
+            place += torch.arange(first - 1, last - 1, device=place.device).repeat_interleave(block) * block
+            mine = slice(first * block, min(last * block, length))
+            value[head, mine], best[head, mine] = largest[: length - mine.start], place[: length - mine.start]
+    number = torch.arange(search.candidates.shape[1], device=positions.device).expand_as(search.candidates)
+    number = torch.zeros_like(best).scatter_(1, search.candidates, number)
+    asked = length - 1 - search.tokens
+    value = value.gather(1, asked)
+    token = (length - 1 - best.gather(1, asked)).clamp(0, length - 1)  # beyond the ends where there is no candidate
+    return value, number.gather(1, token)
+
+
+# In fewer bits, and exact all the same --------------------------------------------------------------------------------
+
+
+class Int8:
+    """Whole numbers from -127 to 127, whose products are exact."""
+
+    dtype, product_dtype = torch.int8, torch.int32
+
+    @staticmethod
+    def round(vectors: Tensor, each: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """`[I, F]` rounded, the scale (one for `each` or one for all), and the length `[I]` of what was lost."""
+        largest = vectors.abs().amax(dim=-1, keepdim=True) if each else vectors.abs().amax()
+        scale = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        rounded = (vectors / scale).round_()
+        few = rounded.to(torch.int8)
+        return few, scale, torch.linalg.vector_norm(rounded.mul_(-scale).add_(vectors), dim=-1)
+
+    @staticmethod
+    def multiply(tokens: Tensor, candidates: Tensor, out: Tensor) -> Tensor:
+        return torch._int_mm(tokens, candidates, out=out)
+
+    @staticmethod
+    def round_down(products: Tensor) -> Tensor:
+        return products.floor().int() - 1
+
+
+class BFloat16:
+    """16-bit floats, whose products are rounded to 16 bits again."""
+
+    dtype, product_dtype = torch.bfloat16, torch.bfloat16
+
+    @staticmethod
+    def round(vectors: Tensor, each: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """`[I, F]` rounded, 1, and the length `[I]` of what was lost."""
+        few = vectors.bfloat16()
+        scale = vectors.new_ones((len(vectors), 1) if each else ())
+        return few, scale, torch.linalg.vector_norm(vectors - few.float(), dim=-1)
+
+    @staticmethod
+    def multiply(tokens: Tensor, candidates: Tensor, out: Tensor) -> Tensor:
+        return torch.mm(tokens, candidates, out=out)
+
+    @staticmethod
+    def round_down(products: Tensor) -> Tensor:
+        return (products - 2**-7 * products.abs()).bfloat16()  # a product and this, each rounded by 2**-9 at most
+
+
+@cache
+def precisions(device: str) -> tuple[type[Int8] | type[BFloat16], ...]:
+    """Those in which this machine multiplies matrices faster than in fp32, the fastest first."""
+    if device != "cpu":
+        return ()
+
+    def has(*instructions: str) -> bool:
+        return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in instructions)
+
+    int8 = (Int8,) if has("vnni", "amx_tile") and hasattr(torch, "_int_mm") else ()
+    return (*int8, BFloat16) if has("avx512_bf16", "amx_tile") else int8
+
+
+def screened(search: Search) -> tuple[Tensor, Tensor]:
+    """Products in few bits; those of candidates that could be the best one again, in fp32."""
+    value, index = _results(search)
+    for head in range(len(value)):
+        alone = search.head(head)
+        for precision in precisions(search.features.device.type):
+            found = screen(alone, precision)
+            if found is not None:
+                break
+        value[head], index[head] = tiled(alone) if found is None else found
+    return value, index
+
+
+def screen(search: Search, precision: type[Int8] | type[BFloat16]) -> tuple[Tensor, Tensor] | None:
+    """What `screened` finds for a search of one head in this precision, or `None` where it is too coarse.
+
+    Their mean is taken from all candidates, which moves all products of a token alike: what is left is shorter, and so
+    are the errors. With a = a' + da and b = b' + db, where a' and b' are rounded, a product is wrong by
+    `|<a, b> - <a', b'>| <= |da| |b| + |a'| |db|`. The best one in few bits is computed in fp32; another can be better
+    only if it is at most that error below.
+    """
+    every = slice(0, 1)
+    candidates, tokens = (search.vectors(every, part)[0] for part in (search.candidates, search.tokens))
+    asking, count, device = len(tokens), len(candidates), tokens.device
+    room = -count % CHUNK  # so that chunks are full
+    closed = torch.nn.functional.pad(search.bias[0], (0, room), value=-torch.inf).isneginf().nonzero()[:, 0]
+    mean = candidates.mean(dim=0)
+    centred = torch.nn.functional.pad(candidates, (0, 0, 0, room)).sub_(mean)
+    few, scale, lost = precision.round(centred, each=False)
+    few_tokens, scales, error = precision.round(tokens, each=True)
+    longest, length = torch.linalg.vector_norm(centred, dim=-1).amax(), torch.linalg.vector_norm(tokens, dim=-1)
+    in_sums = len(mean) * torch.finfo(torch.float32).eps * length * (longest + torch.linalg.vector_norm(mean))
+    error = error * longest + (length + error) * lost.amax() + in_sums
+    unit = scales.flatten() * scale
+    allowance = (tokens @ mean + error) / unit
+
+    per_chunk = (count + room) // CHUNK
+    step = max(1, TILE // 2 // (count + room))
+    products = torch.empty((min(step, asking), count + room), dtype=precision.product_dtype, device=device)
+    least = torch.iinfo(products.dtype).min if products.dtype == torch.int32 else -torch.inf
+    value, index = _results(search)
+    for start in range(0, asking, step):
+        here = slice(start, min(start + step, asking))
+        number = torch.arange(here.stop - start, device=device)
+        tile = precision.multiply(few_tokens[here], few.T, out=products[: len(number)])
+        if len(closed):
+            tile[:, closed] = least
+        chunks = tile.view(len(number), CHUNK, per_chunk)  # every per_chunk-th candidate is in the same one
+        largest = chunks.amax(dim=1)
+        place = largest.argmax(dim=1)
+        best = chunks[number, :, place].argmax(dim=1) * per_chunk + place
+        exact = (tokens[here] * candidates.index_select(0, best.clamp_max(count - 1))).sum(dim=-1)
+        least_good = precision.round_down(exact / unit[here] - allowance[here])
+        token, place = _places(largest >= least_good.unsqueeze(1))
+        if len(token) > FEW * len(number):
+            return None
+        which, row = _places(chunks[token, :, place] >= least_good[token].unsqueeze(1))
+        if len(which) > FEW * len(number):
+            return None
+        token, candidate = token[which], row * per_chunk + place[which]
+        exact = tokens[here].index_select(0, token).mul_(candidates.index_select(0, candidate)).sum(dim=-1)
+        value[0, here].scatter_reduce_(0, token, exact, "amax")
+        first = candidate.masked_fill(exact < value[0, here][token], count)
+        index[0, here] = torch.full_like(number, count).scatter_reduce_(0, token, first, "amin")
+    return value, index.masked_fill_(index == count, 0)  # 0 where every candidate is closed
+
+
+def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of what is true; faster than `nonzero` of two dimensions."""
+    flat = mask.flatten().nonzero()[:, 0]
+    row = flat.div(mask.shape[1], rounding_mode="floor")
+    return row, flat - row * mask.shape[1]
+
+
+def _results(search: Search) -> tuple[Tensor, Tensor]:
+    shape, device = search.tokens.shape, search.tokens.device
+    return torch.full(shape, -torch.inf, device=device), torch.zeros(shape, dtype=torch.long, device=device)
