@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from .config import MergingConfig, resolve_config
+from .fixed import FixedCache
 from .hybrid import HybridLayer, MergingHybridLayer
 from .layer import MergingLayer
 from .link import Link, can_link
@@ -91,6 +92,7 @@ class MergingDynamicCache(DynamicCache):
         hidden_states = needed and any(stage.needs_hidden_states for stage in fold.stages.values())
         if config is not None and self.merging.compression_ratio != 0:
             check_supported(config.get_text_config(decoder=True), fold.merger)
+        self._config = None if config is None else config.get_text_config(decoder=True)
         self._link = Link(model, config, needed, type(self).__name__, hidden_states)
         if config is None:
             if self.merging.compression_ratio != 0:
@@ -160,6 +162,47 @@ class MergingDynamicCache(DynamicCache):
         self._link.release(model)
         for layer in self.folding_layers:
             layer.release()
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether transformers is to give single tokens a mask where all keys are visible.
+
+        That is what it takes this for once a prompt was read. A mask makes its sdpa attention read the keys of a KV
+        head once for all query heads, where without one the CPU kernel reads them again for each. Never true on a GPU,
+        where it would also have `generate` compile the model; see `fixed` for that.
+        """
+        # its name in a linked model ends so, too; flex attention's masks are of another kind
+        if not str(getattr(self._config, "_attn_implementation", None)).endswith("sdpa"):
+            return False
+        layers = self.folding_layers
+        return bool(layers) and all(layer.num_slots and layer.device.type == "cpu" for layer in layers)
+
+    def fixed(self, max_new_tokens: int) -> FixedCache:
+        """What this cache holds, with room for `max_new_tokens` and no more, for decoding that is compiled.
+
+        Nothing moves or grows then, so that one graph runs for every token, in `generate` or by `torch.compile`. A fold
+        that is due is done first. This cache stays as it is; the other has a copy.
+
+        Raises:
+            ValueError: for an empty cache, or where heads differ or slots have mass, which only the linked attention
+                can read.
+
+        Example:
+            >>> import torch
+            >>> from transformers import LlamaConfig, LlamaForCausalLM
+            >>> from merging_cache import MergingDynamicCache
+            >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=64,
+            ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+            >>> prompt = torch.arange(1, 65)[None]
+            >>> cache = MergingDynamicCache(config=model.config, compression_ratio=0.5)
+            >>> _ = model(prompt[:, :-1], past_key_values=cache)
+            >>> fixed = cache.fixed(max_new_tokens=9)
+            >>> output = model.generate(prompt, past_key_values=fixed, max_new_tokens=8, pad_token_id=0)
+            >>> output.shape, fixed.layers[0].keys.shape[2]  # 31 slots, the prompt's last token and 8 new ones
+            (torch.Size([1, 72]), 40)
+        """
+        check_number("max_new_tokens", max_new_tokens, int, minimum=1)
+        return FixedCache(self.layers, max_new_tokens)
 
     def report(self) -> CacheReport:
         """What every layer has seen, kept, merged and saved; `print` it for a table."""
@@ -296,6 +339,10 @@ class MergingQuantizedCache(MergingDynamicCache):
         check_number("residual_length", residual_length, int, minimum=1)
         self._residual_length = residual_length
         super().__init__(config, merging, model=model, attention_mask=attention_mask, trace=trace, **options)
+
+    def fixed(self, max_new_tokens: int) -> FixedCache:
+        """Not possible: a fixed cache is stored in full precision."""
+        raise ValueError("a quantized cache cannot be fixed, which stores full precision; use MergingDynamicCache")
 
     def _storage(self) -> Callable[[], DenseStorage | QuantizedStorage]:
         return partial(QuantizedStorage, self._backend, self._residual_length)

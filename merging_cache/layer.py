@@ -390,6 +390,24 @@ class MergingLayer(DynamicLayer):
             self._replace(self._folded(*(stored or self._storage.read())))
         self._fold_due = False
 
+    def finish(self) -> None:
+        """Fold if that is due, since only single tokens follow, and check that they need nothing but keys and values.
+
+        Raises:
+            ValueError: for an empty layer, one that records the past, or slots that only the linked attention can read.
+        """
+        if not self.num_stored or self.record_past:
+            state = "records the past for drafts" if self.record_past else "has not seen a prompt"
+            raise ValueError(f"layer {self.layer_idx} {state}, so it cannot be fixed; prefill first, without drafts")
+        self._miss_attention()
+        self._fold_if_due()
+        if self._has_fitted_slots:
+            raise ValueError(
+                f"layer {self.layer_idx} has heads of different lengths, or slots with mass, which only the linked "
+                "attention can read, so it cannot be fixed; use budget='uniform' and a merger without mass, such as "
+                "'similarity'"
+            )
+
     def _states(self, keys: Tensor, values: Tensor) -> LayerStates:
         """Everything that is stored and was observed, with positions that do not count padding."""
         positions, log_mass, valid = self.positions, self.log_mass, None

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import merging_cache
 from merging_cache import LayerStates, MergingConfig
+from merging_cache.mergers import nearest
 from models import CACHES, greedy, llama, prompt
 
 pytestmark = pytest.mark.core
@@ -135,23 +138,29 @@ def test_folding_32k_tokens_takes_little_memory():
     assert added < 0.7
 
 
-def test_routing_grows_with_the_length_not_its_square(monkeypatch):
-    from merging_cache.mergers import routing
+class LargestResult(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returned."""
 
-    largest = 0
-    multiply = torch.baddbmm
+    elements = 0
 
-    def watched(*args, **kwargs):
-        nonlocal largest
-        result = multiply(*args, **kwargs)
-        largest = max(largest, result.numel())
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
         return result
 
-    monkeypatch.setattr(routing.torch, "baddbmm", watched)
-    monkeypatch.setattr(routing, "TILE", 1 << 14)
+
+@pytest.mark.parametrize("routing", ["exact", "local"])
+@pytest.mark.parametrize("precisions", [(), (nearest.Int8,), (nearest.BFloat16,)], ids=str)
+def test_routing_grows_with_the_length_not_its_square(routing, precisions, monkeypatch):
+    monkeypatch.setattr(nearest, "TILE", 1 << 14)
+    monkeypatch.setattr(nearest, "precisions", lambda device: precisions)
     states = LayerStates(torch.randn(1, 2, 4096, 8), torch.randn(1, 2, 4096, 8))
-    MergingConfig().build()(states, 2048)
-    assert 0 < largest <= 1 << 14
+    fold = MergingConfig(merger={"name": "similarity", "routing": routing, "window": 32}).build()
+    with LargestResult() as largest:
+        fold(states, 2048)
+    assert largest.elements <= 2 * states.keys.numel()  # all products of one head would be 64 times as many as keys
 
 
 @pytest.mark.gpu

@@ -1,0 +1,108 @@
+"""Fixed caches: the same tokens as the merging cache they are made of, by one graph that is compiled once."""
+
+import pytest
+import torch
+
+from architectures import tiny_model
+from merging_cache import MergingDynamicCache, MergingQuantizedCache
+from models import greedy, left_padded, llama, prompt
+
+pytestmark = pytest.mark.core
+OPTIONS = {"scorer": "keydiff", "merger": "similarity", "compression_ratio": 0.5, "recent_tokens": 4}
+
+
+def prefilled(model, ids, mask=None, **options):
+    cache = MergingDynamicCache(config=model.config, attention_mask=mask, **OPTIONS | options)
+    with torch.no_grad():
+        model(ids[:, :-1], attention_mask=None if mask is None else mask[:, :-1], past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("length", [5, 60])
+def test_generates_what_the_merging_cache_does(model_type, length):
+    model, ids = (
+        tiny_model(model_type, attention="eager" if model_type == "gemma2" else "sdpa"),
+        prompt(length, batch=2),
+    )
+    cache = prefilled(model, ids)
+    fixed = cache.fixed(max_new_tokens=9)
+    output = greedy(model, ids, past_key_values=fixed)
+    expected = greedy(model, ids, past_key_values=cache)
+    assert torch.equal(output.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-5)
+    assert int(fixed.get_seq_length()) == cache.get_seq_length()
+
+
+def test_padded_rows():
+    model = llama()
+    inputs = left_padded([40, 12, 33])
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    cache = prefilled(model, ids, mask)
+    output = greedy(model, inputs, past_key_values=cache.fixed(9))
+    expected = greedy(model, inputs, past_key_values=cache)
+    torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-5)
+
+
+def test_one_prompt_goes_on_several_times():
+    model, ids = llama(), prompt(50)
+    cache = prefilled(model, ids)
+    first, second = (greedy(model, ids, past_key_values=cache.fixed(9)).sequences for _ in range(2))
+    assert torch.equal(first, second)
+    assert cache.get_seq_length() == 49
+
+
+def test_a_fold_that_is_due_is_done():
+    model, ids = llama(), prompt(50)
+    cache = prefilled(model, ids, fold_at="decode")
+    assert cache.layers[0].num_stored == 49
+    assert cache.fixed(4).layers[0].keys.shape[2] == 24 + 4
+
+
+def test_decoding_compiles_once():
+    """256 tokens by one graph without breaks: nothing is traced again."""
+    model, ids = llama(), prompt(50)
+    cache = prefilled(model, ids)
+    fixed, graphs = cache.fixed(256), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    token = expected_token = torch.full((1, 1), ids[0, -1].item())
+    with torch.no_grad():
+        for step in range(256):
+            logits = compiled(token, past_key_values=fixed).logits[:, -1]
+            if step < 20:
+                expected = model(expected_token, past_key_values=cache).logits[:, -1]
+                torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+                expected_token = expected.argmax(-1, keepdim=True)
+            token = logits.argmax(-1, keepdim=True)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("options", [{"budget": "adakv"}, {"merger": "mass"}], ids=str)
+def test_what_only_linked_attention_reads_is_refused(options):
+    model, ids = llama(), prompt(50)
+    cache = MergingDynamicCache(model=model, **OPTIONS | options)
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="cannot be fixed"):
+        cache.fixed(4)
+    cache.release()
+
+
+def test_refused():
+    model, ids = llama(), prompt(50)
+    with pytest.raises(ValueError, match="has not seen a prompt"):
+        MergingDynamicCache(config=model.config).fixed(4)
+    with pytest.raises(ValueError, match="quantized"):
+        MergingQuantizedCache(config=model.config, backend="fp8").fixed(4)
+    cache = prefilled(model, ids)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        cache.fixed(0)
+    with pytest.raises(ValueError, match="goes on with one prompt"):
+        cache.fixed(4).reset()
+    cache.activate_past_recording()
+    with pytest.raises(ValueError, match="records the past"):
+        cache.fixed(4)
