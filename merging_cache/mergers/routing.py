@@ -134,21 +134,22 @@ def weighted_sums(
         dtype: of the result.
     """
     batch, heads, length, dim = states.shape
-    sums = torch.empty((batch * heads, num_slots, dim), dtype=dtype, device=states.device)
+    sums = []
     flat, tokens, slots, weights = (part.flatten(0, 1) for part in (states, tokens, slots, weights))
     for rows in head_slices(batch * heads, length * dim if states.dtype != torch.float32 else tokens.shape[1]):
         number = torch.arange(rows.stop - rows.start, device=states.device).unsqueeze(1)
         slot, order = (slots[rows] + num_slots * number).flatten().sort(stable=True)
         bags = torch.searchsorted(slot, torch.arange(len(number) * num_slots + 1, device=slot.device))
-        sums[rows] = embedding_bag(
+        of_rows = embedding_bag(
             (tokens[rows] + length * number).flatten()[order],
             flat[rows].flatten(0, 1).float(),
             bags,
             mode="sum",
             per_sample_weights=weights[rows].flatten()[order],
             include_last_offset=True,
-        ).view(len(number), num_slots, dim)
-    return sums.view(batch, heads, num_slots, dim)
+        )
+        sums.append(of_rows.to(dtype))
+    return (sums[0] if len(sums) == 1 else torch.cat(sums)).view(batch, heads, num_slots, dim)
 
 
 def nearest_survivors(
