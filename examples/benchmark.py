@@ -466,7 +466,7 @@ def pack_residual(cache: MergingQuantizedCache) -> None:
 
 @torch.no_grad()
 def memory_lines(run: Run) -> Iterator[Line]:
-    layers, tokens = run.pick(8, 4), run.pick(8192, 4096)
+    layers, tokens = 12, run.pick(8192, 4096)
     model = build_model(run, layers, hidden=256, heads=KV_HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM)
     ids = random_prompt(run, tokens)
     for ratio in (0.5, 0.75):

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
 
 from ..states import LayerStates
 from .base import Scorer
@@ -17,6 +17,13 @@ class KeyDiffScorer(Scorer):
     """
 
     def score(self, states: LayerStates) -> Tensor:
-        keys = states.keys.float()
-        mean_direction = normalize(keys, dim=-1).mean(dim=2, keepdim=True)
-        return -cosine_similarity(keys, mean_direction, dim=-1)
+        # by products with vectors, head by head, so that nothing as large as the keys is made
+        return torch.stack([_score(keys) for keys in states.keys.flatten(0, 1)]).view(states.keys.shape[:3])
+
+
+def _score(keys: Tensor) -> Tensor:
+    """`[L, D]` to `[L]`."""
+    keys = keys.float()
+    lengths = torch.linalg.vector_norm(keys, dim=-1).clamp_min(1e-8)
+    mean_direction = (lengths.reciprocal() / len(keys)) @ keys
+    return -(keys @ mean_direction) / (lengths * torch.linalg.vector_norm(mean_direction).clamp_min(1e-8))
