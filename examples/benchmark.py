@@ -481,6 +481,72 @@ def memory_lines(run: Run) -> Iterator[Line]:
         yield Line("memory", what, due_to_cache / allowed, "", "<= 1.1")
 
 
+# 7: what takes a GPU --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def gpu_lines(run: Run) -> Iterator[Line]:
+    if not run.device.startswith("cuda"):
+        tqdm.write("gpu: no lines without --device cuda")
+        return
+    tokens, merger = 131072, SimilarityMerger()
+    square = torch.randn(8192, 8192, device=run.device, dtype=torch.bfloat16)
+    states, survivors = random_layer(run, tokens)
+    states = LayerStates(states.keys.bfloat16(), states.values.bfloat16())
+    query = torch.randn(1, QUERY_HEADS, tokens, HEAD_DIM, device=run.device, dtype=torch.bfloat16)
+
+    def attend() -> Tensor:
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return attention(query, states.keys, states.values, is_causal=True, enable_gqa=True)
+
+    product, routing, folding, attending = seconds_of(
+        run,
+        [
+            lambda: square @ square,
+            lambda: nearest_survivors(states.keys, survivors),
+            lambda: merger.merge(states, survivors),
+            attend,
+        ],
+        rounds=run.pick(20, 5),
+        warm_up=3,
+    )
+    rate = 2 * (tokens // 2) ** 2 * HEAD_DIM * KV_HEADS / routing
+    best = 2 * len(square) ** 3 / product
+    yield Line(
+        "gpu",
+        f"{tokens:,} tokens, bf16: operations/s of routing over those of a matrix product",
+        rate / best,
+        "",
+        ">= 0.6",
+    )
+    yield Line(
+        "gpu", f"{tokens:,} tokens, bf16: fold over the layer's own attention", 100 * folding / attending, "%", "<= 4"
+    )
+    held = []
+    for length in (tokens // 2, tokens):
+        part = LayerStates(states.keys[:, :, :length].contiguous(), states.values[:, :, :length].contiguous())
+        kept = Survivors(top_tokens(torch.rand(1, KV_HEADS, length, device=run.device), length // 2))
+        most, slots = peak_bytes(run, lambda part=part, kept=kept: merger.merge(part, kept))
+        held.append(most - slots.keys.nbytes - slots.values.nbytes)
+    yield Line(
+        "gpu",
+        f"{tokens:,} tokens against {tokens // 2:,}: times the memory the fold adds",
+        held[1] / held[0],
+        "",
+        "<= 2.1",
+    )
+    model, new = decoding_model(run), 256
+    cache = MergingDynamicCache(config=model.config, scorer="keydiff", merger="similarity", compression_ratio=0.75)
+    fixed = filled(run, cache, model, 16384).fixed(new + 1)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled, token = torch.compile(model, fullgraph=True), torch.ones((1, 1), dtype=torch.long, device=run.device)
+    for _ in trange(new, desc="compiled", leave=False):
+        compiled(token, past_key_values=fixed)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    yield Line("gpu", f"graphs compiled for {new} decoded tokens", graphs, "", "<= 1")
+
+
 # Everything -----------------------------------------------------------------------------------------------------------
 
 SECTIONS = {
@@ -490,6 +556,7 @@ SECTIONS = {
     "decoding": decoding_lines,
     "quantized": quantized_lines,
     "memory": memory_lines,
+    "gpu": gpu_lines,
 }
 
 

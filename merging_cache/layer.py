@@ -439,6 +439,7 @@ class MergingLayer(DynamicLayer):
             layer_idx=self.layer_idx,
             layer_rank=self.layer_rank,
             traced=self._traced,
+            known_seen=None if self._padding.is_there else self.seen,
         )
 
     def _folded(self, keys: Tensor, values: Tensor) -> Slots:

@@ -35,6 +35,11 @@ class Padding:
             self._mask = padding
 
     @property
+    def is_there(self) -> bool:
+        """Whether any token may be padding."""
+        return self._mask is not None
+
+    @property
     def attention_mask(self) -> Tensor | None:
         """1 for tokens, 0 for padding; `None` where no token is known to be padding."""
         return None if self._mask is None else (~self._mask).long()

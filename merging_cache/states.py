@@ -108,6 +108,8 @@ class LayerStates:
         num_heads: how many KV heads the layer has, where these are not all of them.
         num_slots: how many slots per head the layer is about to be folded to, or `None` where it is not.
         traced: whether mergers are to tell where every token went (`Slots.holders`).
+        known_seen: how many tokens every row has seen, where no row has padding and that is known without asking the
+            device, which a GPU would have to finish its work for; else `None`.
 
     Raises:
         ValueError: if keys, values, positions or padding do not fit together.
@@ -134,6 +136,7 @@ class LayerStates:
     num_heads: int | None = None
     num_slots: int | None = None
     traced: bool = False
+    known_seen: int | None = None
 
     def __post_init__(self) -> None:
         batch, heads, length = self.keys.shape[:3]
@@ -162,6 +165,8 @@ class LayerStates:
     @property
     def seen(self) -> int:
         """Tokens seen by every row, padding not counted (where rows differ, by the one that has seen most)."""
+        if self.known_seen is not None:
+            return self.known_seen
         return int(self.positions[..., -1].max()) + 1
 
     @property
@@ -226,6 +231,8 @@ class LayerStates:
     @property
     def rows_agree(self) -> bool:
         """Whether no row has padding and all have seen equally many tokens, so that they can be folded as one."""
+        if self.known_seen is not None:
+            return True
         asked = self.query_positions is None or bool((self.query_positions >= 0).all())
         last = self.positions[..., -1].amax(dim=1)
         return self.padding is None and asked and bool((last == last[0]).all())

@@ -158,18 +158,46 @@ def test_kvzap_is_the_least_squares_solution():
     torch.testing.assert_close(weights["bias"], true.bias.detach(), rtol=0.02, atol=0.02)
 
 
-def test_the_benchmark_compares_as_many_slots(monkeypatch):
+def test_the_benchmark_compares_as_many_slots():
     import benchmark
 
-    monkeypatch.setattr(benchmark, "TOKENS", 200)
-    row = benchmark.ragged_against_uniform(benchmark.build_model("cpu"), ratio=0.5, spread=8.0, tokens=1)
-    assert row.slots == f"{2 * 8 * 100:,}"
-    assert row.longest_head > 1.2
-    assert 0.98 < row.nbytes < 1.05
-    row = benchmark.mass_against_none(benchmark.build_model("cpu"), ratio=0.5, tokens=1)
-    assert (row.slots, row.longest_head) == (f"{2 * 8 * 100:,}", 1.0)
-    # the mass, and the reference queries that are kept, which count at a length as small as this
-    assert 1.0 < row.nbytes < 1.2
+    run = benchmark.Run(quick=True)
+    model = benchmark.build_model(run, layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16)
+    options = {"scorer": benchmark.spread_scores(8.0), "merger": "drop", "compression_ratio": 0.5}
+    _, nbytes = benchmark.compare_slots(run, model, 200, options, {"budget": "adakv"}, {"budget": "uniform"})
+    assert 0.98 < nbytes < 1.1
+    with pytest.raises(RuntimeError, match="slots"):
+        benchmark.compare_slots(run, model, 200, options, {"compression_ratio": 0.75}, {})
+
+
+@pytest.mark.parametrize(
+    ("figure", "target", "met"), [(4.1, ">= 4", True), (3.9, ">= 4", False), (1.1, "<= 1.1", True), (9, "", None)]
+)
+def test_the_benchmark_says_which_targets_are_met(figure, target, met):
+    import benchmark
+
+    assert benchmark.Line("fold", "what", figure, target=target).is_met is met
+
+
+def test_the_benchmark_measures_memory():
+    import benchmark
+
+    def work():
+        first, second = torch.empty(1 << 20), torch.empty(1 << 20)
+        total = first + second
+        del first, second
+        return total
+
+    most, total = benchmark.peak_bytes(benchmark.Run(), work)
+    assert most == 3 * total.nbytes
+
+
+def test_the_benchmark_compares_the_same_fold():
+    import benchmark
+
+    states, survivors = benchmark.random_layer(benchmark.Run(), 300, heads=2)
+    slots = benchmark.SimilarityMerger().merge(states, survivors)
+    torch.testing.assert_close((slots.keys, slots.values), benchmark.fold_untiled(states, survivors))
 
 
 @torch.no_grad()

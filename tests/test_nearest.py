@@ -1,12 +1,17 @@
 """The engines that find nearest survivors, against all products in fp64, and what they do with few bits."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from merging_cache.mergers import nearest
+from merging_cache import BUDGETS, LayerStates
+from merging_cache.mergers import SimilarityMerger, nearest
 from merging_cache.mergers.nearest import BFloat16, Int8, Search
+from merging_cache.scorers import KeyDiffScorer
 
 pytestmark = pytest.mark.core
 
@@ -73,6 +78,39 @@ def assert_is_nearest(search, value, index):
     same = (candidates.unsqueeze(1) == candidates.gather(1, index.unsqueeze(-1).expand_as(asking)).unsqueeze(2)).all(-1)
     first = (same & ~products.isneginf()).long().argmax(dim=-1)
     assert torch.equal(index[~best.isneginf()], first[~best.isneginf()])
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    """The Triton kernel; without a GPU Triton interprets it, see `conftest.py`."""
+    pytest.importorskip("triton")
+    return nearest.triton_kernel()
+
+
+def on_device(search):
+    """Where the kernel can run."""
+    if not torch.cuda.is_available():
+        return search
+    parts = {one.name: getattr(search, one.name) for one in fields(search)}
+    return Search(**{name: part.cuda() if isinstance(part, torch.Tensor) else part for name, part in parts.items()})
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize(
+    ("length", "kept", "closed"), [(300, 140, ()), (301, 77, (0, 5, 76)), (40, 1, ()), (50, 20, range(20))]
+)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_kernel_finds_the_nearest(kernel, features, length, kept, closed, scaled):
+    search = on_device(make_search(features(length), kept, closed, scaled))
+    assert_is_nearest(search, *nearest.fused(search, kernel))
+
+
+def test_the_kernel_multiplies_half_precision_exactly(kernel):
+    search = on_device(make_search(gaussian(300, dim=128).half(), 140))
+    value, index = nearest.fused(search, kernel)
+    expected = nearest.tiled(search)
+    torch.testing.assert_close(value, expected[0], rtol=1e-5, atol=1e-5)
+    assert (index == expected[1]).float().mean() > 0.99
 
 
 def in_few_bits(precision):
@@ -153,3 +191,17 @@ def test_local_finds_the_nearest_within_its_window(length, kept, window, gaps, t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nearest, "TILE", tile)
         assert_is_nearest(search, *search.run())
+
+
+def test_folds_ask_nothing_of_the_device(monkeypatch):
+    """Choosing and merging run on tensors without data, so no size or branch waits for what a GPU computes."""
+    monkeypatch.setattr(nearest, "precisions", lambda device: ())
+    for options in ({}, {"log_mass": True}, {"merge_keys": True}, {"routing": "local", "window": 16}):
+        with FakeTensorMode():
+            states = LayerStates(torch.empty(2, 3, 128, 16), torch.empty(2, 3, 128, 16), known_seen=128)
+            scores = KeyDiffScorer().score(states)
+            survivors = BUDGETS["uniform"]().allocate(scores, states, 40)
+            survivors = replace(survivors, protected=scores.gather(2, survivors.indices).isposinf())
+            slots = SimilarityMerger(**options).merge(states, survivors)
+            assert states.rows_agree
+            assert slots.values.shape == (2, 3, 40, 16)

@@ -7,6 +7,7 @@ rounding could have confused. `nearest_triton.py` keeps the products on the chip
 
 from dataclasses import dataclass, fields
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class Search:
         """The largest value `[N, E]` (`-inf` if there is no candidate) and which of the candidates has it."""
         if self.window is not None:
             return local(self)
+        if self.features.is_cuda and (kernel := triton_kernel()) and self.features.shape[2] <= kernel.MAX_FEATURES:
+            return fused(self, kernel)
         if self.unbiased and precisions(self.features.device.type) and self._products_per_head >= SMALL:
             return screened(self)
         return tiled(self)
@@ -80,6 +83,25 @@ def tiled(search: Search) -> tuple[Tensor, Tensor]:
             products = torch.baddbmm(bias, tile, candidates.mT)
             value[here, start : start + step], index[here, start : start + step] = _first_largest(products)
     return value, index
+
+
+@cache
+def triton_kernel() -> ModuleType | None:
+    """The room of the Triton kernel, or `None` where Triton is not installed."""
+    try:
+        from . import nearest_triton
+    except ImportError:
+        return None
+    return nearest_triton
+
+
+def fused(search: Search, kernel: ModuleType) -> tuple[Tensor, Tensor]:
+    """All products by one kernel, in the precision that the features come in and summed in fp32."""
+    tokens, candidates = (gather_tokens(search.features, part) for part in (search.tokens, search.candidates))
+    if search.scale is None:
+        return kernel.nearest(tokens, candidates, torch.ones_like(search.bias), search.bias)
+    value, index = kernel.nearest(tokens, candidates, search.scale.gather(1, search.candidates), search.bias)
+    return value * search.scale.gather(1, search.tokens), index
 
 
 def _first_largest(products: Tensor) -> tuple[Tensor, Tensor]:
