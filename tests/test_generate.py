@@ -553,7 +553,9 @@ def test_without_a_config_every_layer_folds():
     with pytest.warns(UserWarning, match="MergingDynamicCache was given neither config=model.config nor model=model"):
         cache = MergingDynamicCache(compression_ratio=0.5, **WINDOW)
     without = greedy(model, ids, past_key_values=cache)
-    assert torch.equal(torch.stack(with_config.logits), torch.stack(without.logits))
+    assert_same_cache(with_config.past_key_values, cache, rtol=1e-4, atol=1e-5)
+    # with the config the cache knows that masks make attention faster, which adds in another order
+    torch.testing.assert_close(torch.stack(with_config.logits), torch.stack(without.logits), rtol=1e-4, atol=1e-5)
 
 
 def test_two_threads_on_one_model():
