@@ -302,11 +302,11 @@ class Stopwatch:
 
 def prefill_lines(run: Run) -> Iterator[Line]:
     tokens, layers = 8192, run.pick(12, 2)
-    model, ids = build_model(run, layers, hidden=1024, heads=16, kv_heads=4, head_dim=64), random_prompt(run, 8192)
+    model, ids = build_model(run, layers, hidden=1024, heads=16, kv_heads=4, head_dim=64), random_prompt(run, tokens)
     for scorer, target in (("keydiff", "<= 4"), ("snapkv", "<= 6")):
         options = {"scorer": scorer, "merger": "similarity", "compression_ratio": 0.5}
         shares: dict[str, list[float]] = defaultdict(list)
-        for _ in trange(run.pick(2, 2), desc=f"prefill with {scorer}", leave=False):
+        for _ in trange(2, desc=f"prefill with {scorer}", leave=False):
             cache = MergingDynamicCache(model=model, **options)
             watch = Stopwatch(run.device)
             with torch.no_grad(), watch.watching(cache):
@@ -316,11 +316,11 @@ def prefill_lines(run: Run) -> Iterator[Line]:
             alone = watch.seconds["pass"] - watch.seconds["all"]
             for name in ("all", "observe", "score", "allocate", "merge"):
                 shares[name].append(100 * watch.seconds[name] / alone)
-        shares["all"], stages = shares["all"], [name for name in shares if name != "all"]
+        added = shares.pop("all")
+        best = added.index(min(added))
         what = f"{layers} layers, {tokens:,} tokens, similarity on {scorer}: added to the pass"
-        yield Line("prefill", what, min(shares["all"]), "%", target)
-        best = shares["all"].index(min(shares["all"]))
-        for name in stages:
+        yield Line("prefill", what, added[best], "%", target)
+        for name in shares:
             if shares[name][best] > 0:
                 yield Line("prefill", f"    of which {name}", shares[name][best], "%")
 

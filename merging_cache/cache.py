@@ -90,9 +90,9 @@ class MergingDynamicCache(DynamicCache):
         self._fold = fold = self.merging.build(linked)
         needed = self.merging.compression_ratio != 0 and fold.needs_attention
         hidden_states = needed and any(stage.needs_hidden_states for stage in fold.stages.values())
-        if config is not None and self.merging.compression_ratio != 0:
-            check_supported(config.get_text_config(decoder=True), fold.merger)
         self._config = None if config is None else config.get_text_config(decoder=True)
+        if self._config is not None and self.merging.compression_ratio != 0:
+            check_supported(self._config, fold.merger)
         self._link = Link(model, config, needed, type(self).__name__, hidden_states)
         if config is None:
             if self.merging.compression_ratio != 0:
