@@ -176,7 +176,7 @@ class Int8:
     @staticmethod
     def round(vectors: Tensor, each: bool) -> tuple[Tensor, Tensor, Tensor]:
         """`[I, F]` rounded, the scale (one for `each` or one for all), and the length `[I]` of what was lost."""
-        largest = vectors.abs().amax(dim=-1, keepdim=True) if each else vectors.abs().amax()
+        largest = vectors.abs().amax(dim=-1, keepdim=True) if each else torch.stack(vectors.aminmax()).abs().amax()
         scale = (largest / 127).clamp_min(torch.finfo(torch.float32).tiny)
         rounded = (vectors / scale).round_()
         few = rounded.to(torch.int8)
@@ -188,7 +188,7 @@ class Int8:
 
     @staticmethod
     def round_down(products: Tensor) -> Tensor:
-        return products.floor().int() - 1
+        return products.sub_(2).int()  # rounds towards 0, by less than 1
 
 
 class BFloat16:
@@ -251,6 +251,8 @@ def screen(search: Search, precision: type[Int8] | type[BFloat16]) -> tuple[Tens
     asking, count, device = len(tokens), len(candidates), tokens.device
     room = -count % CHUNK  # so that chunks are full
     closed = torch.nn.functional.pad(search.bias[0], (0, room), value=-torch.inf).isneginf().nonzero()[:, 0]
+    if len(closed) == count + room:
+        return _results(search)
     mean = candidates.mean(dim=0)
     centred = torch.nn.functional.pad(candidates, (0, 0, 0, room)).sub_(mean)
     few, scale, lost = precision.round(centred, each=False)
@@ -265,7 +267,7 @@ def screen(search: Search, precision: type[Int8] | type[BFloat16]) -> tuple[Tens
     step = max(1, TILE // 2 // (count + room))
     products = torch.empty((min(step, asking), count + room), dtype=precision.product_dtype, device=device)
     least = torch.iinfo(products.dtype).min if products.dtype == torch.int32 else -torch.inf
-    value, index = _results(search)
+    most_likely, others = [], []
     for start in range(0, asking, step):
         here = slice(start, min(start + step, asking))
         number = torch.arange(here.stop - start, device=device)
@@ -276,27 +278,27 @@ def screen(search: Search, precision: type[Int8] | type[BFloat16]) -> tuple[Tens
         largest = chunks.amax(dim=1)
         place = largest.argmax(dim=1)
         best = chunks[number, :, place].argmax(dim=1) * per_chunk + place
-        exact = (tokens[here] * candidates.index_select(0, best.clamp_max(count - 1))).sum(dim=-1)
-        least_good = precision.round_down(exact / unit[here] - allowance[here])
-        token, place = _places(largest >= least_good.unsqueeze(1))
+        exact = candidates.index_select(0, best).mul_(tokens[here]).sum(dim=-1)
+        most_likely.append((number + start, best, exact))
+        tile[number, best] = least
+        least_good = precision.round_down((exact / unit[here]).sub_(allowance[here]))
+        token, place = (largest >= least_good.unsqueeze(1)).nonzero(as_tuple=True)
         if len(token) > FEW * len(number):
             return None
-        which, row = _places(chunks[token, :, place] >= least_good[token].unsqueeze(1))
+        which, row = (chunks[token, :, place] >= least_good[token].unsqueeze(1)).nonzero(as_tuple=True)
         if len(which) > FEW * len(number):
             return None
-        token, candidate = token[which], row * per_chunk + place[which]
-        exact = tokens[here].index_select(0, token).mul_(candidates.index_select(0, candidate)).sum(dim=-1)
-        value[0, here].scatter_reduce_(0, token, exact, "amax")
-        first = candidate.masked_fill(exact < value[0, here][token], count)
-        index[0, here] = torch.full_like(number, count).scatter_reduce_(0, token, first, "amin")
-    return value, index.masked_fill_(index == count, 0)  # 0 where every candidate is closed
-
-
-def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of what is true; faster than `nonzero` of two dimensions."""
-    flat = mask.flatten().nonzero()[:, 0]
-    row = flat.div(mask.shape[1], rounding_mode="floor")
-    return row, flat - row * mask.shape[1]
+        others.append((token[which] + start, row * per_chunk + place[which]))
+    token, candidate = map(torch.cat, zip(*others, strict=True))
+    at_once = TILE // 8 // tokens.shape[1]
+    for one, other in zip(token.split(at_once), candidate.split(at_once), strict=True):
+        exact = tokens.index_select(0, one).mul_(candidates.index_select(0, other)).sum(dim=-1)
+        most_likely.append((one, other, exact))
+    token, candidate, exact = map(torch.cat, zip(*most_likely, strict=True))
+    value = exact.new_full((asking,), -torch.inf).scatter_reduce_(0, token, exact, "amax")
+    first = candidate.masked_fill_(exact < value[token], count)
+    index = candidate.new_full((asking,), count).scatter_reduce_(0, token, first, "amin")
+    return value.unsqueeze(0), index.unsqueeze(0)
 
 
 def _results(search: Search) -> tuple[Tensor, Tensor]:

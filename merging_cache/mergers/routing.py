@@ -64,7 +64,9 @@ class Routing:
         return replace(self, weight=self.weight * (most / totals).clamp_max(1.0))
 
     def slots(self, states: LayerStates, survivors: Survivors, keys: bool = False, mass: bool = False) -> Slots:
-        """The survivors with the others folded into them.
+        """The survivors with the others folded into them: `(v_j + sum_i w_i v_i) / (1 + sum_i w_i)`, summed in fp32.
+
+        Survivors into which nothing is folded keep their exact bits.
 
         Args:
             states, survivors: what the routing was made of.
@@ -73,13 +75,22 @@ class Routing:
                 its log-mass.
         """
         num_merged, num_dropped = count_evicted(states, self.evicted, self.weight > 0)
-        values, added = self.fold(states.values, survivors)
+        kept = survivors.indices.shape[2]
+        every = torch.arange(kept, device=self.target.device).expand_as(survivors.indices)
+        members = torch.cat([survivors.indices, self.evicted], dim=2)
+        segments = Segments(members, torch.cat([every, self.target], dim=2), kept)
+        weights = torch.cat([torch.ones_like(every, dtype=self.weight.dtype), self.weight], dim=2)
+        total = segments.totals(weights)
+        share = total.reciprocal()
+        weights = weights * torch.cat([share, share.gather(2, self.target)], dim=2)
         log_mass = None if states.log_mass is None else states.log_mass.gather(2, survivors.indices)
         if mass:
-            log_mass = added.log1p() if log_mass is None else log_mass + added.log1p()
+            log_mass = total.log() if log_mass is None else log_mass + total.log()
         return Slots(
-            keys=self.fold(states.keys, survivors)[0] if keys else gather_tokens(states.keys, survivors.indices),
-            values=values,
+            keys=segments.sums(states.keys, weights, states.keys.dtype)
+            if keys
+            else gather_tokens(states.keys, survivors.indices),
+            values=segments.sums(states.values, weights, states.values.dtype),
             positions=states.positions.gather(2, survivors.indices),
             log_mass=log_mass,
             num_merged=num_merged,
@@ -98,58 +109,59 @@ class Routing:
 
     def totals(self, num_slots: int) -> Tensor:
         """`[B, H, K]`, the sum of the weights of what is folded into each of the K slots."""
-        every = torch.arange(self.weight.shape[2], device=self.weight.device).expand_as(self.target)
-        ones = torch.ones_like(self.weight).unsqueeze(-1)
-        return weighted_sums(ones, every, self.target, self.weight, num_slots).squeeze(-1)
-
-    def fold(self, states: Tensor, survivors: Survivors) -> tuple[Tensor, Tensor]:
-        """The weighted mean `(s_j + sum_i w_i s_i) / (1 + sum_i w_i)` of every survivor and what is folded into it.
-
-        `states` are `[B, H, L, D]`, the means are `[B, H, K, D]` in their dtype, summed in fp32. Survivors into which
-        nothing is folded keep their exact bits. Also returned are the sums of the weights, `[B, H, K]`.
-        """
-        kept = survivors.indices.shape[2]
-        added = self.totals(kept)
-        share = (1.0 + added).reciprocal()
-        every = torch.arange(kept, device=share.device).expand_as(survivors.indices)
-        members = torch.cat([survivors.indices, self.evicted], dim=2)
-        slots = torch.cat([every, self.target], dim=2)
-        weights = torch.cat([share, self.weight * share.gather(2, self.target)], dim=2)
-        return weighted_sums(states, members, slots, weights, kept, dtype=states.dtype), added
+        return Segments(self.evicted, self.target, num_slots).totals(self.weight)
 
     def sums(self, states: Tensor, num_slots: int) -> Tensor:
-        """`[B, H, K, D]` in fp32, the weighted sums of what is folded into each survivor, itself left out."""
-        return weighted_sums(states, self.evicted, self.target, self.weight, num_slots)
+        """`[B, H, K, D]` in fp32, the weighted sums of what is folded into each of the K slots."""
+        return Segments(self.evicted, self.target, num_slots).sums(states, self.weight, torch.float32)
 
 
-def weighted_sums(
-    states: Tensor, tokens: Tensor, slots: Tensor, weights: Tensor, num_slots: int, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """`[B, H, K, D]`, for each of K slots the sum of `weights` times `states`, in fp32 and of ascending tokens.
+class Segments:
+    """Sums over the tokens that go to the same slot, in fp32 and of ascending tokens: the same bits each time.
 
     Args:
-        states: `[B, H, L, D]`.
-        tokens, slots, weights: `[B, H, N]`, which tokens are summed, into which slot, and by what they are multiplied.
+        tokens, slots: `[B, H, N]`, which tokens are summed, and into which slot each goes.
         num_slots: K.
-        dtype: of the result.
     """
-    batch, heads, length, dim = states.shape
-    sums = []
-    flat, tokens, slots, weights = (part.flatten(0, 1) for part in (states, tokens, slots, weights))
-    for rows in head_slices(batch * heads, length * dim if states.dtype != torch.float32 else tokens.shape[1]):
-        number = torch.arange(rows.stop - rows.start, device=states.device).unsqueeze(1)
-        slot, order = (slots[rows] + num_slots * number).flatten().sort(stable=True)
-        bags = torch.searchsorted(slot, torch.arange(len(number) * num_slots + 1, device=slot.device))
-        of_rows = embedding_bag(
-            (tokens[rows] + length * number).flatten()[order],
-            flat[rows].flatten(0, 1).float(),
-            bags,
-            mode="sum",
-            per_sample_weights=weights[rows].flatten()[order],
-            include_last_offset=True,
+
+    def __init__(self, tokens: Tensor, slots: Tensor, num_slots: int):
+        self._tokens, self._num_slots = tokens, num_slots
+        first_slots = num_slots * torch.arange(slots[..., 0].numel(), device=slots.device).view(*slots.shape[:2], 1)
+        by_slot = (slots + first_slots).flatten().sort(stable=True)  # head by head, each with N tokens
+        self._order = by_slot.indices
+        self._starts = torch.searchsorted(
+            by_slot.values, torch.arange(first_slots.numel() * num_slots + 1, device=slots.device)
         )
-        sums.append(of_rows.to(dtype))
-    return (sums[0] if len(sums) == 1 else torch.cat(sums)).view(batch, heads, num_slots, dim)
+
+    def totals(self, weights: Tensor) -> Tensor:
+        """`[B, H, K]`, the sums of the weights `[B, H, N]`."""
+        return self._bags(weights.flatten().unsqueeze(1), self._order, self._starts).view(*weights.shape[:2], -1)
+
+    def sums(self, states: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+        """`[B, H, K, D]`, the sums of `states` `[B, H, L, D]` times the weights `[B, H, N]`, at last in this dtype."""
+        batch, heads, length, dim = states.shape
+        count, kept = self._tokens.shape[2], self._num_slots
+        rows = torch.arange(batch * heads, device=states.device).view(batch, heads, 1)
+        token = (self._tokens + length * rows).flatten()[self._order]
+        weight = weights.flatten()[self._order]
+        flat = states.flatten(0, 2)
+        sums = []
+        # only what has to be converted to fp32 takes room
+        for some in head_slices(batch * heads, 0 if states.dtype == torch.float32 else length * dim):
+            members = slice(some.start * count, some.stop * count)
+            sums.append(
+                self._bags(
+                    flat[some.start * length : some.stop * length].float(),
+                    token[members] - some.start * length,
+                    self._starts[some.start * kept : some.stop * kept + 1] - members.start,
+                    weight[members],
+                ).to(dtype)
+            )
+        return (sums[0] if len(sums) == 1 else torch.cat(sums)).view(batch, heads, kept, dim)
+
+    @staticmethod
+    def _bags(rows: Tensor, order: Tensor, starts: Tensor, weights: Tensor | None = None) -> Tensor:
+        return embedding_bag(order, rows, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 def nearest_survivors(
