@@ -181,7 +181,7 @@ class MergingDynamicCache(DynamicCache):
         """What this cache holds, with room for `max_new_tokens` and no more, for decoding that is compiled.
 
         Nothing moves or grows then, so that one graph runs for every token, in `generate` or by `torch.compile`. A fold
-        that is due is done first. This cache stays as it is; the other has a copy.
+        that is due is done first, on this cache, which is otherwise left alone: the other has a copy.
 
         Raises:
             ValueError: for an empty cache, or where heads differ or slots have mass, which only the linked attention

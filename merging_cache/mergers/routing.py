@@ -83,14 +83,16 @@ class Routing:
         total = segments.totals(weights)
         share = total.reciprocal()
         weights = weights * torch.cat([share, share.gather(2, self.target)], dim=2)
+
+        def folded(part: Tensor) -> Tensor:
+            return segments.sums(part, weights, part.dtype)
+
         log_mass = None if states.log_mass is None else states.log_mass.gather(2, survivors.indices)
         if mass:
             log_mass = total.log() if log_mass is None else log_mass + total.log()
         return Slots(
-            keys=segments.sums(states.keys, weights, states.keys.dtype)
-            if keys
-            else gather_tokens(states.keys, survivors.indices),
-            values=segments.sums(states.values, weights, states.values.dtype),
+            keys=folded(states.keys) if keys else gather_tokens(states.keys, survivors.indices),
+            values=folded(states.values),
             positions=states.positions.gather(2, survivors.indices),
             log_mass=log_mass,
             num_merged=num_merged,
