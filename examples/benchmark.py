@@ -1,6 +1,6 @@
 """Speed and memory against the targets of this project, as ratios of two things measured in one run.
 
-    python examples/benchmark.py                        # about 15 minutes on 2 CPU cores
+    python examples/benchmark.py                        # about 7 minutes on 2 CPU cores
     python examples/benchmark.py --quick                # shorter contexts and fewer layers, under 3 minutes
     python examples/benchmark.py --only fold decoding   # some of its sections
     python examples/benchmark.py --device cuda          # on a GPU, with the lines that need one

@@ -180,9 +180,10 @@ def test_small_and_large_searches_agree(monkeypatch):
     window=st.integers(1, 90),
     gaps=st.booleans(),
     tile=st.sampled_from([1, 5000, 1 << 22]),
+    engine=st.sampled_from([nearest.local, nearest.tiled]),
     seed=st.integers(0, 10**6),
 )
-def test_local_finds_the_nearest_within_its_window(length, kept, window, gaps, tile, seed):
+def test_local_finds_the_nearest_within_its_window(length, kept, window, gaps, tile, engine, seed):
     torch.manual_seed(seed)
     features = tied(length) if seed % 2 else gaussian(length)
     positions = (torch.randint(1, 9, (3, length)) if gaps else torch.ones(3, length, dtype=torch.long)).cumsum(dim=1)
@@ -190,7 +191,18 @@ def test_local_finds_the_nearest_within_its_window(length, kept, window, gaps, t
     search = make_search(features, count, range(0, count, 5), positions=positions, window=window)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nearest, "TILE", tile)
-        assert_is_nearest(search, *search.run())
+        assert_is_nearest(search, *engine(search))
+
+
+def test_few_tokens_ask_without_blocks(monkeypatch):
+    """A turn of a few tokens after a long context costs as many products as tokens, and not all blocks."""
+    positions = torch.arange(600).expand(3, -1)
+    few, many = (make_search(gaussian(600), kept, positions=positions, window=20) for kept in (590, 300))
+    assert_is_nearest(few, *few.run())
+    assert_is_nearest(many, *many.run())
+    monkeypatch.setattr(nearest, "local", lambda search: "blocks")
+    assert few.run() != "blocks"
+    assert many.run() == "blocks"
 
 
 def test_folds_ask_nothing_of_the_device(monkeypatch):
@@ -198,10 +210,10 @@ def test_folds_ask_nothing_of_the_device(monkeypatch):
     monkeypatch.setattr(nearest, "precisions", lambda device: ())
     for options in ({}, {"log_mass": True}, {"merge_keys": True}, {"routing": "local", "window": 16}):
         with FakeTensorMode():
-            states = LayerStates(torch.empty(2, 3, 128, 16), torch.empty(2, 3, 128, 16), known_seen=128)
+            states = LayerStates(torch.empty(2, 3, 512, 16), torch.empty(2, 3, 512, 16), known_seen=512)
             scores = KeyDiffScorer().score(states)
-            survivors = BUDGETS["uniform"]().allocate(scores, states, 40)
+            survivors = BUDGETS["uniform"]().allocate(scores, states, 160)
             survivors = replace(survivors, protected=scores.gather(2, survivors.indices).isposinf())
             slots = SimilarityMerger(**options).merge(states, survivors)
             assert states.rows_agree
-            assert slots.values.shape == (2, 3, 40, 16)
+            assert slots.values.shape == (2, 3, 160, 16)

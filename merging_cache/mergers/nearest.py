@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..states import TILE, gather_tokens
 
@@ -45,7 +46,7 @@ class Search:
     def run(self) -> tuple[Tensor, Tensor]:
         """The largest value `[N, E]` (`-inf` if there is no candidate) and which of the candidates has it."""
         if self.window is not None:
-            return local(self)
+            return local(self) if self._products_per_head > self._products_of_blocks else tiled(self)
         if self.features.is_cuda and (kernel := triton_kernel()) and self.features.shape[2] <= kernel.MAX_FEATURES:
             return fused(self, kernel)
         if self.unbiased and precisions(self.features.device.type) and self._products_per_head >= SMALL:
@@ -55,6 +56,15 @@ class Search:
     @property
     def _products_per_head(self) -> int:
         return self.tokens.shape[1] * self.candidates.shape[1]
+
+    @property
+    def block(self) -> int:
+        """How many tokens `local` takes at a time, no fewer than the window."""
+        return -(-self.window // CHUNK) * CHUNK
+
+    @property
+    def _products_of_blocks(self) -> int:
+        return 3 * self.block * self.features.shape[1]
 
     def head(self, index: int) -> "Search":
         """That of one head."""
@@ -72,15 +82,23 @@ class Search:
 def tiled(search: Search) -> tuple[Tensor, Tensor]:
     """All products in fp32, some heads and a tile of tokens at a time."""
     value, index = _results(search)
-    (heads, asking), count = search.tokens.shape, search.candidates.shape[1]
+    (heads, asking), room = search.tokens.shape, -search.candidates.shape[1] % CHUNK
+    count = search.candidates.shape[1] + room  # in full chunks equal candidates have equal products, to the bit
     at_once = max(1, TILE // (256 * count))
     for first in range(0, heads, at_once):
         here = slice(first, min(first + at_once, heads))
-        candidates, bias = search.vectors(here, search.candidates[here]), search.bias[here].unsqueeze(1)
+        candidates = pad(search.vectors(here, search.candidates[here]), (0, 0, 0, room))
+        bias = pad(search.bias[here], (0, room), value=-torch.inf).unsqueeze(1)
+        if search.window is not None:
+            positions = search.positions[here].int()
+            near = pad(positions.gather(1, search.candidates[here]), (0, room)).unsqueeze(1)
         step = max(1, TILE // (len(candidates) * count))
         for start in range(0, asking, step):
             tile = search.vectors(here, search.tokens[here, start : start + step])
             products = torch.baddbmm(bias, tile, candidates.mT)
+            if search.window is not None:
+                apart = positions.gather(1, search.tokens[here, start : start + step]).unsqueeze(2) - near
+                products.masked_fill_(apart.abs_() > search.window, -torch.inf)
             value[here, start : start + step], index[here, start : start + step] = _first_largest(products)
     return value, index
 
@@ -105,11 +123,7 @@ def fused(search: Search, kernel: ModuleType) -> tuple[Tensor, Tensor]:
 
 
 def _first_largest(products: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of the last dimension and where it is first, faster than by `max`, which keeps track of the place."""
-    count = products.shape[-1]
-    if count % CHUNK:
-        best = products.max(dim=-1)
-        return best.values, best.indices
+    """The largest of the last dimension, in full chunks, and where it is first; `max` alone, with places, is slower."""
     chunks = products.unflatten(-1, (-1, CHUNK))
     best = chunks.amax(dim=-1).max(dim=-1)
     place = best.indices[..., None, None].expand(*best.indices.shape, 1, CHUNK)
@@ -126,9 +140,8 @@ def local(search: Search) -> tuple[Tensor, Tensor]:
     Positions ascend, so that no token within the window is further away than the next block. Evicted or not, all tokens
     of a block are multiplied with all others: gathering those that matter would cost more.
     """
-    positions, window = search.positions, search.window
+    positions, window, block = search.positions, search.window, search.block
     heads, length = positions.shape
-    block = -(-window // CHUNK) * CHUNK
     blocks = -(-length // block)
     around = (block, block * (blocks + 1) - length)
     later_first = torch.arange(length - 1, -1, -1, device=positions.device).unsqueeze(0)
@@ -138,9 +151,9 @@ def local(search: Search) -> tuple[Tensor, Tensor]:
     at_once = max(1, TILE // (3 * block * block))
     for head in range(heads):
         here = slice(head, head + 1)
-        vectors = torch.nn.functional.pad(search.vectors(here, later_first)[0], (0, 0, *around))
-        where = torch.nn.functional.pad(positions[head].flip(0), around)
-        may = torch.nn.functional.pad(bias[head], around, value=-torch.inf)
+        vectors = pad(search.vectors(here, later_first)[0], (0, 0, *around))
+        where = pad(positions[head].flip(0), around)
+        may = pad(bias[head], around, value=-torch.inf)
         for first in range(0, blocks, at_once):
             last = min(first + at_once, blocks)
             middle = slice((first + 1) * block, (last + 1) * block)
@@ -250,11 +263,11 @@ def screen(search: Search, precision: type[Int8] | type[BFloat16]) -> tuple[Tens
     candidates, tokens = (search.vectors(every, part)[0] for part in (search.candidates, search.tokens))
     asking, count, device = len(tokens), len(candidates), tokens.device
     room = -count % CHUNK  # so that chunks are full
-    closed = torch.nn.functional.pad(search.bias[0], (0, room), value=-torch.inf).isneginf().nonzero()[:, 0]
+    closed = pad(search.bias[0], (0, room), value=-torch.inf).isneginf().nonzero()[:, 0]
     if len(closed) == count + room:
         return _results(search)
     mean = candidates.mean(dim=0)
-    centred = torch.nn.functional.pad(candidates, (0, 0, 0, room)).sub_(mean)
+    centred = pad(candidates, (0, 0, 0, room)).sub_(mean)
     few, scale, lost = precision.round(centred, each=False)
     few_tokens, scales, error = precision.round(tokens, each=True)
     longest, length = torch.linalg.vector_norm(centred, dim=-1).amax(), torch.linalg.vector_norm(tokens, dim=-1)
