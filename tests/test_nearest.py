@@ -196,8 +196,8 @@ def test_local_finds_the_nearest_within_its_window(length, kept, window, gaps, t
 
 def test_few_tokens_ask_without_blocks(monkeypatch):
     """A turn of a few tokens after a long context costs as many products as tokens, and not all blocks."""
-    positions = torch.arange(600).expand(3, -1)
-    few, many = (make_search(gaussian(600), kept, positions=positions, window=20) for kept in (590, 300))
+    positions = torch.arange(1000).expand(3, -1)
+    few, many = (make_search(gaussian(1000), kept, positions=positions, window=20) for kept in (990, 500))
     assert_is_nearest(few, *few.run())
     assert_is_nearest(many, *many.run())
     monkeypatch.setattr(nearest, "local", lambda search: "blocks")
@@ -210,10 +210,10 @@ def test_folds_ask_nothing_of_the_device(monkeypatch):
     monkeypatch.setattr(nearest, "precisions", lambda device: ())
     for options in ({}, {"log_mass": True}, {"merge_keys": True}, {"routing": "local", "window": 16}):
         with FakeTensorMode():
-            states = LayerStates(torch.empty(2, 3, 512, 16), torch.empty(2, 3, 512, 16), known_seen=512)
+            states = LayerStates(torch.empty(2, 3, 2048, 16), torch.empty(2, 3, 2048, 16), known_seen=2048)
             scores = KeyDiffScorer().score(states)
-            survivors = BUDGETS["uniform"]().allocate(scores, states, 160)
+            survivors = BUDGETS["uniform"]().allocate(scores, states, 640)
             survivors = replace(survivors, protected=scores.gather(2, survivors.indices).isposinf())
             slots = SimilarityMerger(**options).merge(states, survivors)
             assert states.rows_agree
-            assert slots.values.shape == (2, 3, 160, 16)
+            assert slots.values.shape == (2, 3, 640, 16)

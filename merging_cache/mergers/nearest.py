@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from ..states import TILE, gather_tokens
 
 CHUNK = 32  # candidates of which the largest product is found first
+BLOCK = 64  # tokens that look for near candidates at a time
 FEW = 16  # candidates per token that rounding may have confused; where there are more, more bits are worth it
 SMALL = 1 << 18  # products of one head below which they are all computed in fp32
 
@@ -46,7 +47,7 @@ class Search:
     def run(self) -> tuple[Tensor, Tensor]:
         """The largest value `[N, E]` (`-inf` if there is no candidate) and which of the candidates has it."""
         if self.window is not None:
-            return local(self) if self._products_per_head > self._products_of_blocks else tiled(self)
+            return local(self) if self._products_per_head > self.span * self.features.shape[1] else tiled(self)
         if self.features.is_cuda and (kernel := triton_kernel()) and self.features.shape[2] <= kernel.MAX_FEATURES:
             return fused(self, kernel)
         if self.unbiased and precisions(self.features.device.type) and self._products_per_head >= SMALL:
@@ -58,13 +59,14 @@ class Search:
         return self.tokens.shape[1] * self.candidates.shape[1]
 
     @property
-    def block(self) -> int:
-        """How many tokens `local` takes at a time, no fewer than the window."""
-        return -(-self.window // CHUNK) * CHUNK
+    def reach(self) -> int:
+        """How many blocks on either side a window reaches into."""
+        return -(-self.window // BLOCK)
 
     @property
-    def _products_of_blocks(self) -> int:
-        return 3 * self.block * self.features.shape[1]
+    def span(self) -> int:
+        """How many tokens `local` compares a block with."""
+        return (2 * self.reach + 1) * BLOCK
 
     def head(self, index: int) -> "Search":
         """That of one head."""
@@ -91,14 +93,14 @@ def tiled(search: Search) -> tuple[Tensor, Tensor]:
         bias = pad(search.bias[here], (0, room), value=-torch.inf).unsqueeze(1)
         if search.window is not None:
             positions = search.positions[here].int()
-            near = pad(positions.gather(1, search.candidates[here]), (0, room)).unsqueeze(1)
+            there = pad(positions.gather(1, search.candidates[here]), (0, room))
         step = max(1, TILE // (len(candidates) * count))
         for start in range(0, asking, step):
             tile = search.vectors(here, search.tokens[here, start : start + step])
             products = torch.baddbmm(bias, tile, candidates.mT)
             if search.window is not None:
-                apart = positions.gather(1, search.tokens[here, start : start + step]).unsqueeze(2) - near
-                products.masked_fill_(apart.abs_() > search.window, -torch.inf)
+                own = positions.gather(1, search.tokens[here, start : start + step])
+                _close_beyond(products, own, there, search.window)
             value[here, start : start + step], index[here, start : start + step] = _first_largest(products)
     return value, index
 
@@ -131,46 +133,48 @@ def _first_largest(products: Tensor) -> tuple[Tensor, Tensor]:
     return best.values, best.indices * CHUNK + inside
 
 
+def _close_beyond(products: Tensor, positions: Tensor, others: Tensor, window: int) -> None:
+    """Make products `[n, T, C]` of tokens that are further apart than `window` positions `-inf`."""
+    products.masked_fill_((positions.unsqueeze(2) - others.unsqueeze(1)).abs_() > window, -torch.inf)
+
+
 # Among candidates that are near ---------------------------------------------------------------------------------------
 
 
 def local(search: Search) -> tuple[Tensor, Tensor]:
-    """Blocks of tokens with those of their own and the two neighbouring blocks, in time that grows with L alone.
+    """Blocks of tokens with their own and the neighbouring blocks, in time that grows with L alone.
 
-    Positions ascend, so that no token within the window is further away than the next block. Evicted or not, all tokens
+    Positions ascend, so that no token within the window is further away than as many tokens. Evicted or not, all tokens
     of a block are multiplied with all others: gathering those that matter would cost more.
     """
-    positions, window, block = search.positions, search.window, search.block
-    heads, length = positions.shape
-    blocks = -(-length // block)
-    around = (block, block * (blocks + 1) - length)
-    later_first = torch.arange(length - 1, -1, -1, device=positions.device).unsqueeze(0)
-    bias = torch.full(positions.shape, -torch.inf, device=positions.device)
+    heads, length = search.features.shape[:2]
+    reach, span = search.reach, search.span
+    blocks = -(-length // BLOCK)
+    around = (reach * BLOCK, (blocks + reach) * BLOCK - length)
+    later_first = torch.arange(length - 1, -1, -1, device=search.bias.device).unsqueeze(0)
+    bias = torch.full((heads, length), -torch.inf, device=search.bias.device)
     bias = bias.scatter_(1, search.candidates, search.bias).flip(1)
-    value, best = torch.empty_like(bias), torch.empty_like(positions)
-    at_once = max(1, TILE // (3 * block * block))
+    positions = search.positions.int().flip(1)
+    value, best = torch.empty_like(bias), torch.empty_like(search.positions)
+    at_once = max(1, TILE // (BLOCK * span))
     for head in range(heads):
         here = slice(head, head + 1)
         vectors = pad(search.vectors(here, later_first)[0], (0, 0, *around))
-        where = pad(positions[head].flip(0), around)
-        may = pad(bias[head], around, value=-torch.inf)
+        where, may = pad(positions[head], around), pad(bias[head], around, value=-torch.inf)
         for first in range(0, blocks, at_once):
             last = min(first + at_once, blocks)
-            middle = slice((first + 1) * block, (last + 1) * block)
-            places, closed = (
-                part[first * block : (last + 2) * block].unfold(0, 3 * block, block) for part in (where, may)
+            own = slice((first + reach) * BLOCK, (last + reach) * BLOCK)
+            near, there, closed = (
+                part[first * BLOCK : (last + 2 * reach) * BLOCK].unfold(0, span, BLOCK)
+                for part in (vectors, where, may)
             )
-            apart = (where[middle].view(-1, block, 1) - places.unsqueeze(1)).abs_()
-            products = torch.baddbmm(
-                closed.unsqueeze(1).masked_fill(apart > window, -torch.inf),
-                vectors[middle].view(last - first, block, -1),
-                vectors[first * block : (last + 2) * block].unfold(0, 3 * block, block),
-            )
+            products = torch.baddbmm(closed.unsqueeze(1), vectors[own].view(last - first, BLOCK, -1), near)
+            _close_beyond(products, where[own].view(-1, BLOCK), there, search.window)
             largest, place = (part.flatten() for part in _first_largest(products))
-            place += torch.arange(first - 1, last - 1, device=place.device).repeat_interleave(block) * block
-            mine = slice(first * block, min(last * block, length))
+            place += torch.arange(first - reach, last - reach, device=place.device).repeat_interleave(BLOCK) * BLOCK
+            mine = slice(first * BLOCK, min(last * BLOCK, length))
             value[head, mine], best[head, mine] = largest[: length - mine.start], place[: length - mine.start]
-    number = torch.arange(search.candidates.shape[1], device=positions.device).expand_as(search.candidates)
+    number = torch.arange(search.candidates.shape[1], device=best.device).expand_as(search.candidates)
     number = torch.zeros_like(best).scatter_(1, search.candidates, number)
     asked = length - 1 - search.tokens
     value = value.gather(1, asked)
