@@ -8,6 +8,14 @@ from torch import Tensor
 from ..states import TILE, LayerStates
 
 
+def group_logits(queries: Tensor, keys: Tensor) -> Tensor:
+    """`[B, H, G, m, L]`, queries `[B, H, G, m, D]` times the keys `[B, H, L, D]` of their KV heads.
+
+    One product for each KV head: a broadcast one would copy its keys for every query head of the group.
+    """
+    return (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4])
+
+
 def attention_tiles(states: LayerStates, last: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Softmax weights of the last `last` queries (all by default) over the stored tokens each can see.
 
@@ -22,11 +30,11 @@ def attention_tiles(states: LayerStates, last: int | None = None) -> Iterator[tu
         first = queries.shape[2] - last
         queries, query_positions = queries[:, :, first:], query_positions[:, first:]
     queries = queries.unflatten(1, (heads, states.group_size)).float() * states.logit_scale
-    keys = states.keys.float().unsqueeze(2).mT
+    keys = states.keys.float()
     step = max(1, TILE // (batch * queries.shape[1] * queries.shape[2] * length))
     for start in range(0, queries.shape[3], step):
         positions = query_positions[:, start : start + step]
-        logits = queries[:, :, :, start : start + step] @ keys
+        logits = group_logits(queries[:, :, :, start : start + step], keys)
         if states.log_mass is not None:
             logits += states.log_mass[:, :, None, None]
         later = states.positions[:, :, None, None] > positions[:, None, None, :, None]

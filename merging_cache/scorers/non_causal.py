@@ -8,6 +8,7 @@ from torch.nn.functional import avg_pool1d
 
 from ..stage import option
 from ..states import LayerStates, Statistics
+from .attention import group_logits
 from .base import Scorer, remembered, standardized
 from .once import mean_where_unknown
 
@@ -50,7 +51,7 @@ class NonCausalScorer(Scorer):
             return
         inside = inside[:, :, columns]
         queries = states.queries[:, :, asked].float().unflatten(1, (states.keys.shape[1], -1))
-        logits = queries @ states.keys[:, :, columns].float().unsqueeze(2).mT
+        logits = group_logits(queries, states.keys[:, :, columns].float())
         least = torch.finfo(logits.dtype).min
         weights = logits.masked_fill_(~inside[:, :, None, None], least).softmax(dim=-1)
         received[:, :, columns] = torch.where(inside, weights.sum(dim=3).mean(dim=2), received[:, :, columns])
