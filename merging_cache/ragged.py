@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,6 +37,11 @@ class RaggedLayout:
     def valid(self) -> Tensor:
         """`[B, H, S]` bool, True where there is a slot; each head's are the last."""
         return torch.arange(self.longest, device=self.lengths.device) >= self.longest - self.lengths.unsqueeze(-1)
+
+    @cached_property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where each head of each row begins and how many slots it has, as numbers: a GPU is asked for them once."""
+        return list(zip(self.starts.flatten().tolist(), self.lengths.flatten().tolist(), strict=True))
 
     @property
     def index(self) -> Tensor:
@@ -85,12 +91,18 @@ class RaggedStorage:
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values `[B, H, length, D]`; where a head has no slot, those of another, which masks must hide."""
-        index = self.layout.index
-        flat = index.flatten()
-        slots = [states[0, 0].index_select(0, flat).view(*index.shape, -1) for states in self.slots.read()]
-        if self.tail.length:
-            slots = [torch.cat(parts, dim=2) for parts in zip(slots, self.tail.read(), strict=True)]
-        return slots[0], slots[1]
+        tails = self.tail.read() if self.tail.length else (None, None)
+        keys, values = (self._padded(slots[0, 0], tail) for slots, tail in zip(self.slots.read(), tails, strict=True))
+        return keys, values
+
+    def _padded(self, slots: Tensor, tail: Tensor | None) -> Tensor:
+        """Slots `[N, D]` and tail `[B, H, T, D]` as `[B, H, length, D]`, copied once."""
+        batch, heads = self.layout.lengths.shape
+        new = [slots[:0]] * (batch * heads) if tail is None else tail.flatten(0, 1)
+        parts = []
+        for (start, count), newest in zip(self.layout.spans, new, strict=True):
+            parts += [slots[: self.layout.longest - count], slots[start : start + count], newest]
+        return torch.cat(parts).view(batch, heads, self.length, -1)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Store the keys and values of new tokens."""
@@ -123,7 +135,7 @@ class RaggedStorage:
         num_used = int(lengths[used].sum())
         if not isinstance(self.slots, DenseStorage) or not 0 < num_used <= self.slots.length // 2:
             return None
-        slots = zip(starts[used].flatten().tolist(), lengths[used].flatten().tolist(), strict=True)
+        slots = RaggedLayout(starts[used], lengths[used], self.layout.longest).spans
         flat = torch.cat([torch.arange(first, first + count, device=starts.device) for first, count in slots])
         keys, values = self.slots.read()
         self.slots.replace(keys[:, :, flat], values[:, :, flat])
