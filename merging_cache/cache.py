@@ -20,6 +20,7 @@ from .mergers import Merger
 from .padding import Padding
 from .quantized import QuantizedStorage, make_backend
 from .report import CacheReport, report_layers
+from .seen import TokensSeen
 from .stage import check_number
 from .storage import DenseStorage
 
@@ -180,12 +181,17 @@ class MergingDynamicCache(DynamicCache):
     def fixed(self, max_new_tokens: int) -> FixedCache:
         """What this cache holds, with room for `max_new_tokens` and no more, for decoding that is compiled.
 
-        Nothing moves or grows then, so that one graph runs for every token, in `generate` or by `torch.compile`. A fold
-        that is due is done first, on this cache, which is otherwise left alone: the other has a copy.
+        Nothing grows then, so that one graph runs for every token (with sliding windows, one more when a window gets
+        full), in `generate` or by `torch.compile`. A fold that is due is done first, on this cache, which is otherwise
+        left alone: the other has a copy. To go on in several ways, repeat the rows before: `batch_repeat_interleave`.
+
+        Args:
+            max_new_tokens: those that `generate` is asked for, where the last token of the prompt is not yet in this
+                cache, as in the example.
 
         Raises:
-            ValueError: for an empty cache, or where heads differ or slots have mass, which only the linked attention
-                can read.
+            ValueError: for an empty cache; where heads differ or slots have mass, which only the linked attention can
+                read; for layers that keep a linear-attention state, and quantized ones.
 
         Example:
             >>> import torch
@@ -396,33 +402,4 @@ def check_supported(config: PreTrainedConfig, merger: Merger) -> None:
         raise ValueError(
             f"{config.model_type} has multi-head latent attention (MLA), and what it caches as values carries rotary "
             "positions, which must not be averaged. Use merger='drop'"
-        )
-
-
-class TokensSeen(int):
-    """A count of seen tokens that catches a prompt with none to add.
-
-    `generate` takes the last `len(prompt) - seen` tokens of a prompt as the new ones, by `input_ids[:, -new:]`. For a
-    prompt no longer than what the cache has seen that slice is silently something else, and a cache is told nothing but
-    the keys that come of it. So the difference refuses to become the start of a slice.
-    """
-
-    def __rsub__(self, length: int) -> int:
-        new = int(length) - int(self)
-        return new if new > 0 else NoNewTokens(new, length, self)
-
-
-class NoNewTokens(int):
-    """A difference `length - seen` that is not positive: an ordinary number, except that it cannot be negated."""
-
-    def __new__(cls, value: int, length: int, seen: int) -> "NoNewTokens":
-        number = super().__new__(cls, value)
-        number.length, number.seen = int(length), int(seen)
-        return number
-
-    def __neg__(self) -> int:
-        raise ValueError(
-            f"The prompt has {self.length} tokens, but this cache has already seen {self.seen}. Pass the "
-            "whole conversation, which must be longer, or only its new tokens (ids or embeddings) with an attention "
-            "mask over all of it, or call cache.reset() to start another one."
         )

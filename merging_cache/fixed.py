@@ -1,15 +1,16 @@
 """A folded cache with room for a known number of tokens and no more: what `torch.compile` and CUDA graphs can run.
 
-Every tensor keeps its size and place while tokens are decoded, and nothing is counted in Python. Knows the layers of
-`layer.py` and transformers' static ones.
+Every tensor keeps its size and place while tokens are decoded. Knows the layers of `layer.py` and transformers' static
+ones.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
 from .layer import MergingLayer
+from .seen import TokensSeen
 
 
 class FixedLayer(StaticLayer):
@@ -25,12 +26,19 @@ class FixedLayer(StaticLayer):
         return self.cumulative_length + self.folded_away
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys in every pass, those to come included, and how many columns of the mask to skip."""
-        return self.max_cache_len, self.folded_away
+        """Keys in every pass, those to come included, and how many columns of the mask to skip.
 
-    def reset(self) -> None:
-        """Not possible: what was folded away would be counted on."""
-        raise ValueError("a fixed cache goes on with one prompt; make another with MergingDynamicCache(...).fixed(...)")
+        Raises:
+            ValueError: where there is no room for so many tokens. What is compiled does not look.
+        """
+        if not torch.compiler.is_compiling():
+            room = self.max_cache_len - int(self.cumulative_length)
+            if query_length > room:
+                raise ValueError(
+                    f"this fixed cache has room for {room} more tokens, but {query_length} are to come; make another "
+                    "with a larger max_new_tokens"
+                )
+        return self.max_cache_len, self.folded_away
 
 
 class FixedCache(Cache):
@@ -41,20 +49,42 @@ class FixedCache(Cache):
     """
 
     def __init__(self, layers: list[Any], max_new_tokens: int) -> None:
-        super().__init__(layers=[fixed(layer, max_new_tokens) for layer in layers])
+        for layer in layers:
+            check_fixable(layer)
+        with torch.inference_mode(False), torch.no_grad():  # so that it can be written to in any mode
+            super().__init__(layers=[fixed(layer, max_new_tokens) for layer in layers])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | torch.Tensor:
+        """Tokens seen, folded ones included; a tensor in what is compiled."""
+        seen = super().get_seq_length(layer_idx)
+        return seen if torch.compiler.is_compiling() else TokensSeen(seen)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible: nothing here is taken back, and rows stay as they are."""
+        raise ValueError(
+            "a fixed cache goes on with one prompt: it cannot be reset or cropped (as assisted decoding does), nor its "
+            "rows repeated or selected. Do that to the MergingDynamicCache, and make another with .fixed(...)"
+        )
+
+    reset = crop = activate_past_recording = batch_repeat_interleave = batch_select_indices = _refuse
 
 
-def fixed(layer: Any, max_new_tokens: int) -> StaticLayer:
-    """One layer with room for `max_new_tokens`.
+def check_fixable(layer: Any) -> None:
+    """Do the fold that is due.
 
     Raises:
         ValueError: for an empty layer, one whose slots need the linked attention, or another kind of layer.
     """
-    if isinstance(layer, MergingLayer):
+    if type(layer) is MergingLayer:
         layer.finish()
-        return FixedLayer(layer, max_new_tokens)
-    if type(layer) is not DynamicSlidingWindowLayer:
+    elif type(layer) is not DynamicSlidingWindowLayer:
         raise ValueError(f"cannot fix a {type(layer).__name__}; only full attention and sliding windows can be")
+
+
+def fixed(layer: MergingLayer | DynamicSlidingWindowLayer, max_new_tokens: int) -> StaticLayer:
+    """One layer with room for `max_new_tokens`."""
+    if isinstance(layer, MergingLayer):
+        return FixedLayer(layer, max_new_tokens)
     seen, window = layer.cumulative_length, layer.sliding_window
     static = StaticSlidingWindowLayer(max_cache_len=seen + max_new_tokens, sliding_window=window)
     room = static.max_cache_len - layer.keys.shape[2]

@@ -72,7 +72,7 @@ class DenseStorage:
         if torch.is_grad_enabled():  # someone may want gradients of what earlier passes read from the buffer
             return torch.cat([buffer[:, :, : self.length], new], dim=2)
         if self._held or needed > buffer.shape[2] or (buffer.is_inference() and not torch.is_inference_mode_enabled()):
-            capacity = needed + max(16, needed // 16)
+            capacity = needed + needed // 16
             larger = buffer.new_empty((*buffer.shape[:2], capacity, buffer.shape[3]))
             larger[:, :, : self.length] = buffer[:, :, : self.length]
             buffer = larger

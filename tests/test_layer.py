@@ -1,6 +1,7 @@
 """One layer by hand: geometry, growth, crop, batch operations, guards."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -77,19 +78,19 @@ def test_growing_equals_concatenation(lengths):
         keys, values = storage.read()
         assert torch.equal(keys, torch.cat(pieces, 2))
         assert torch.equal(values, -keys)
-    # never more than the block of room: 16 tokens or a sixteenth
-    assert storage.nbytes <= 2 * 2 * 3 * 4 * (storage.length + max(16, storage.length // 16))
+    assert storage.nbytes <= 2 * 2 * 3 * 4 * (storage.length + storage.length // 16)  # never more room than that
 
 
 @torch.no_grad()
 def test_appending_does_not_copy_the_cache():
     cache = MergingDynamicCache(max_tokens=100, **LAST)
     feed(cache, 0, 200)
-    feed(cache, 200, 1)
-    pointer = cache.layers[0]._storage._keys.data_ptr()
-    for position in range(201, 216):
+    buffers = []
+    for position in range(200, 500):
         feed(cache, position, 1)
-        assert cache.layers[0]._storage._keys.data_ptr() == pointer
+        buffers.append(cache.layers[0]._storage._keys)
+    copies = sum(one is not other for one, other in itertools.pairwise(buffers))
+    assert 1.0625**copies <= 4.0  # from 100 tokens to 400, each time a sixteenth more
 
 
 def test_appending_keeps_gradients():

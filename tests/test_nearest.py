@@ -105,8 +105,10 @@ def test_the_kernel_finds_the_nearest(kernel, features, length, kept, closed, sc
     assert_is_nearest(search, *nearest.fused(search, kernel))
 
 
-def test_the_kernel_multiplies_half_precision_exactly(kernel):
-    search = on_device(make_search(gaussian(300, dim=128).half(), 140))
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_the_kernel_multiplies_half_precision_exactly(kernel, dtype):
+    """Not so in Triton's interpreter in bfloat16."""
+    search = on_device(make_search(gaussian(300, dim=128).to(dtype), 140))
     value, index = nearest.fused(search, kernel)
     expected = nearest.tiled(search)
     torch.testing.assert_close(value, expected[0], rtol=1e-5, atol=1e-5)
@@ -156,6 +158,30 @@ def test_few_bits_are_enough_or_refused(precision):
     assert nearest.screen(make_search(equal(400), 200).head(0), precision) is None
     torch.manual_seed(0)
     assert nearest.screen(make_search(gaussian(400), 200).head(0), precision) is not None
+
+
+@pytest.mark.parametrize("precision", [Int8, BFloat16])
+@pytest.mark.parametrize("flushing", [False, True])
+def test_zeros_go_to_no_closed_candidate(precision, flushing):
+    """Nothing tells a zero vector's candidates apart, but that some are closed."""
+    search = make_search(gaussian(400)[:1], 40, range(20), scaled=False)
+    search.features[:, search.tokens[0, ::30]] = 0.0
+    torch.set_flush_denormal(flushing)
+    try:
+        value, index = nearest.screen(search, precision)
+    finally:
+        torch.set_flush_denormal(False)
+    assert (value[:, ::30] == 0).all()
+    assert ((index >= 20) & (index < 40)).all()
+
+
+@pytest.mark.parametrize("precision", [Int8, BFloat16])
+def test_a_single_candidate_that_is_zero(precision):
+    search = make_search(gaussian(34)[:1], 1, scaled=False)
+    search.features[:, search.candidates[0]] = 0.0
+    value, index = nearest.screen(search, precision)
+    assert (value == 0).all()
+    assert (index == 0).all()
 
 
 def test_unscaled_features():

@@ -1,8 +1,9 @@
 """The nearest candidate of every token: exact, in memory that grows with the number of tokens and not with its square.
 
-Three engines give the same answer. `tiled` multiplies a tile of tokens with all candidates in fp32, anywhere.
-`screened` does so in 8 or 16 bits on CPUs that are faster there, and looks again in fp32 at those few candidates that
-rounding could have confused. `nearest_triton.py` keeps the products on the chip of a GPU.
+Three engines give the same answer, to within rounding in fp32, and each the same bits every time. `tiled` multiplies a
+tile of tokens with all candidates in fp32, anywhere. `screened` does so in 8 or 16 bits on CPUs that are faster there,
+and looks again in fp32 at those few candidates that rounding could have confused. `nearest_triton.py` keeps products on
+the chip of a GPU.
 """
 
 from dataclasses import dataclass, fields
@@ -50,7 +51,8 @@ class Search:
             return local(self) if self._products_per_head > self.span * self.features.shape[1] else tiled(self)
         if self.features.is_cuda and (kernel := triton_kernel()) and self.features.shape[2] <= kernel.MAX_FEATURES:
             return fused(self, kernel)
-        if self.unbiased and precisions(self.features.device.type) and self._products_per_head >= SMALL:
+        enough = self._products_per_head >= SMALL and self.features.shape[2] > 1  # torch errs in 8 bits where it is 1
+        if self.unbiased and enough and precisions(self.features.device.type):
             return screened(self)
         return tiled(self)
 
@@ -189,6 +191,7 @@ class Int8:
     """Whole numbers from -127 to 127, whose products are exact."""
 
     dtype, product_dtype = torch.int8, torch.int32
+    closed, least = torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).min + 1  # marks, and what others are above
 
     @staticmethod
     def round(vectors: Tensor, each: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,6 +215,7 @@ class BFloat16:
     """16-bit floats, whose products are rounded to 16 bits again."""
 
     dtype, product_dtype = torch.bfloat16, torch.bfloat16
+    closed, least = -torch.inf, torch.finfo(torch.bfloat16).min
 
     @staticmethod
     def round(vectors: Tensor, each: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,28 +281,27 @@ def screen(search: Search, precision: type[Int8] | type[BFloat16]) -> tuple[Tens
     longest, length = torch.linalg.vector_norm(centred, dim=-1).amax(), torch.linalg.vector_norm(tokens, dim=-1)
     in_sums = len(mean) * torch.finfo(torch.float32).eps * length * (longest + torch.linalg.vector_norm(mean))
     error = error * longest + (length + error) * lost.amax() + in_sums
-    unit = scales.flatten() * scale
+    unit = (scales.flatten() * scale).clamp_min(torch.finfo(torch.float32).tiny)
     allowance = (tokens @ mean + error) / unit
 
     per_chunk = (count + room) // CHUNK
     step = max(1, TILE // 2 // (count + room))
     products = torch.empty((min(step, asking), count + room), dtype=precision.product_dtype, device=device)
-    least = torch.iinfo(products.dtype).min if products.dtype == torch.int32 else -torch.inf
     most_likely, others = [], []
     for start in range(0, asking, step):
         here = slice(start, min(start + step, asking))
         number = torch.arange(here.stop - start, device=device)
         tile = precision.multiply(few_tokens[here], few.T, out=products[: len(number)])
         if len(closed):
-            tile[:, closed] = least
+            tile[:, closed] = precision.closed
         chunks = tile.view(len(number), CHUNK, per_chunk)  # every per_chunk-th candidate is in the same one
         largest = chunks.amax(dim=1)
         place = largest.argmax(dim=1)
         best = chunks[number, :, place].argmax(dim=1) * per_chunk + place
         exact = candidates.index_select(0, best).mul_(tokens[here]).sum(dim=-1)
         most_likely.append((number + start, best, exact))
-        tile[number, best] = least
-        least_good = precision.round_down((exact / unit[here]).sub_(allowance[here]))
+        tile[number, best] = precision.closed
+        least_good = precision.round_down((exact / unit[here]).sub_(allowance[here])).clamp_min_(precision.least)
         token, place = (largest >= least_good.unsqueeze(1)).nonzero(as_tuple=True)
         if len(token) > FEW * len(number):
             return None
