@@ -30,7 +30,7 @@ class Search:
         features: `[N, L, F]`, f, of every token of N heads.
         scale: `[N, L]`, s, or `None` for 1.
         tokens: `[N, E]`, indices of the tokens that ask.
-        candidates: `[N, K]`, indices of those they choose from.
+        candidates: `[N, K]`, indices of those they choose from; descending where there is a window.
         bias: `[N, K]` in fp32, b; `-inf` for a candidate that must not be chosen.
         unbiased: whether b is 0 or `-inf` everywhere.
         positions, window: `[N, L]`, ascending, and how many positions away a candidate may be; `None` for any number.
@@ -153,6 +153,7 @@ def local(search: Search) -> tuple[Tensor, Tensor]:
     reach, span = search.reach, search.span
     blocks = -(-length // BLOCK)
     around = (reach * BLOCK, (blocks + reach) * BLOCK - length)
+    # of equal candidates the first wins, and candidates come from the last to the first, so tokens do here
     later_first = torch.arange(length - 1, -1, -1, device=search.bias.device).unsqueeze(0)
     bias = torch.full((heads, length), -torch.inf, device=search.bias.device)
     bias = bias.scatter_(1, search.candidates, search.bias).flip(1)
@@ -276,45 +277,45 @@ def screen(search: Search, precision: type[Int8] | type[BFloat16]) -> tuple[Tens
         return _results(search)
     mean = candidates.mean(dim=0)
     centred = pad(candidates, (0, 0, 0, room)).sub_(mean)
-    few, scale, lost = precision.round(centred, each=False)
-    few_tokens, scales, error = precision.round(tokens, each=True)
+    rounded, scale, lost = precision.round(centred, each=False)
+    rounded_tokens, token_scales, lost_of_tokens = precision.round(tokens, each=True)
     longest, length = torch.linalg.vector_norm(centred, dim=-1).amax(), torch.linalg.vector_norm(tokens, dim=-1)
-    in_sums = len(mean) * torch.finfo(torch.float32).eps * length * (longest + torch.linalg.vector_norm(mean))
-    error = error * longest + (length + error) * lost.amax() + in_sums
-    unit = (scales.flatten() * scale).clamp_min(torch.finfo(torch.float32).tiny)
+    of_sums = len(mean) * torch.finfo(torch.float32).eps * length * (longest + torch.linalg.vector_norm(mean))
+    error = lost_of_tokens * longest + (length + lost_of_tokens) * lost.amax() + of_sums
+    unit = (token_scales.flatten() * scale).clamp_min(torch.finfo(torch.float32).tiny)  # of products of rounded vectors
     allowance = (tokens @ mean + error) / unit
 
     per_chunk = (count + room) // CHUNK
     step = max(1, TILE // 2 // (count + room))
     products = torch.empty((min(step, asking), count + room), dtype=precision.product_dtype, device=device)
-    most_likely, others = [], []
+    found, others = [], []  # pairs of a token and a candidate, with their product in fp32, and still without
     for start in range(0, asking, step):
         here = slice(start, min(start + step, asking))
         number = torch.arange(here.stop - start, device=device)
-        tile = precision.multiply(few_tokens[here], few.T, out=products[: len(number)])
+        tile = precision.multiply(rounded_tokens[here], rounded.T, out=products[: len(number)])
         if len(closed):
             tile[:, closed] = precision.closed
         chunks = tile.view(len(number), CHUNK, per_chunk)  # every per_chunk-th candidate is in the same one
         largest = chunks.amax(dim=1)
-        place = largest.argmax(dim=1)
-        best = chunks[number, :, place].argmax(dim=1) * per_chunk + place
+        chunk = largest.argmax(dim=1)
+        best = chunks[number, :, chunk].argmax(dim=1) * per_chunk + chunk
         exact = candidates.index_select(0, best).mul_(tokens[here]).sum(dim=-1)
-        most_likely.append((number + start, best, exact))
+        found.append((number + start, best, exact))
         tile[number, best] = precision.closed
-        least_good = precision.round_down((exact / unit[here]).sub_(allowance[here])).clamp_min_(precision.least)
-        token, place = (largest >= least_good.unsqueeze(1)).nonzero(as_tuple=True)
+        threshold = precision.round_down((exact / unit[here]).sub_(allowance[here])).clamp_min_(precision.least)
+        token, chunk = (largest >= threshold.unsqueeze(1)).nonzero(as_tuple=True)
         if len(token) > FEW * len(number):
             return None
-        which, row = (chunks[token, :, place] >= least_good[token].unsqueeze(1)).nonzero(as_tuple=True)
+        which, row = (chunks[token, :, chunk] >= threshold[token].unsqueeze(1)).nonzero(as_tuple=True)
         if len(which) > FEW * len(number):
             return None
-        others.append((token[which] + start, row * per_chunk + place[which]))
+        others.append((token[which] + start, row * per_chunk + chunk[which]))
     token, candidate = map(torch.cat, zip(*others, strict=True))
     at_once = TILE // 8 // tokens.shape[1]
     for one, other in zip(token.split(at_once), candidate.split(at_once), strict=True):
         exact = tokens.index_select(0, one).mul_(candidates.index_select(0, other)).sum(dim=-1)
-        most_likely.append((one, other, exact))
-    token, candidate, exact = map(torch.cat, zip(*most_likely, strict=True))
+        found.append((one, other, exact))
+    token, candidate, exact = map(torch.cat, zip(*found, strict=True))
     value = exact.new_full((asking,), -torch.inf).scatter_reduce_(0, token, exact, "amax")
     first = candidate.masked_fill_(exact < value[token], count)
     index = candidate.new_full((asking,), count).scatter_reduce_(0, token, first, "amin")
