@@ -487,9 +487,7 @@ def memory_lines(run: Run) -> Iterator[Line]:
         allowed = one + sum(layer.nbytes for layer in cache.layers[:-1])
         # the model alone holds keys and values of one layer while it attends to them
         due_to_cache = with_cache - without + one
-        what = (
-            f"{layers} layers, {tokens:,} tokens, ratio {ratio}: peak by the cache over one full layer, others folded"
-        )
+        what = f"{layers} layers, {tokens:,} tokens, ratio {ratio}: its peak over one full layer, others folded"
         yield Line("memory", what, due_to_cache / allowed, "", "<= 1.1")
 
 
