@@ -153,6 +153,18 @@ def test_a_tile_at_a_time_is_the_same(engine, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", [Int8, BFloat16])
+@pytest.mark.parametrize("features", [gaussian, clusters, tied])
+def test_a_panel_of_candidates_at_a_time_is_the_same(precision, features, monkeypatch):
+    search = make_search(features(500), 150, range(3, 90)).head(0)
+    monkeypatch.setattr(nearest, "FEW", 150)
+    whole = nearest.screened_panels(search, precision)
+    monkeypatch.setattr(nearest, "PANEL", 40)
+    for part, expected in zip(nearest.screened_panels(search, precision), whole, strict=True):
+        assert torch.equal(part, expected)
+    assert_is_nearest(search, *whole)
+
+
+@pytest.mark.parametrize("precision", [Int8, BFloat16])
 def test_few_bits_are_enough_or_refused(precision):
     """Where rounding could confuse many candidates nothing is answered; else the answer is that of fp32."""
     assert nearest.screen(make_search(equal(400), 200).head(0), precision) is None

@@ -6,7 +6,7 @@ and looks again in fp32 at those few candidates that rounding could have confuse
 the chip of a GPU.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from types import ModuleType
 
@@ -18,6 +18,7 @@ from ..states import TILE, gather_tokens
 
 CHUNK = 32  # candidates of which the largest product is found first
 BLOCK = 64  # tokens that look for near candidates at a time
+PANEL = 1 << 14  # candidates that are multiplied at a time in few bits
 FEW = 16  # candidates per token that rounding may have confused; where there are more, more bits are worth it
 SMALL = 1 << 18  # products of one head below which they are all computed in fp32
 
@@ -76,6 +77,10 @@ class Search:
         return Search(
             **{name: part[index : index + 1] if isinstance(part, Tensor) else part for name, part in own.items()}
         )
+
+    def among(self, some: slice) -> "Search":
+        """That among some of the candidates."""
+        return replace(self, candidates=self.candidates[:, some], bias=self.bias[:, some])
 
     def vectors(self, heads: slice, indices: Tensor) -> Tensor:
         """`[n, I, F]` in fp32, the scaled features of the tokens of these indices `[n, I]` of some heads."""
@@ -253,10 +258,22 @@ def screened(search: Search) -> tuple[Tensor, Tensor]:
     for head in range(len(value)):
         alone = search.head(head)
         for precision in precisions(search.features.device.type):
-            found = screen(alone, precision)
+            found = screened_panels(alone, precision)
             if found is not None:
                 break
         value[head], index[head] = tiled(alone) if found is None else found
+    return value, index
+
+
+def screened_panels(search: Search, precision: type[Int8] | type[BFloat16]) -> tuple[Tensor, Tensor] | None:
+    """What `screen` finds among `PANEL` candidates at a time, and the best of that: more do not fit the cache."""
+    value, index = _results(search)
+    for start in range(0, search.candidates.shape[1], PANEL):
+        found = screen(search.among(slice(start, start + PANEL)), precision)
+        if found is None:
+            return None
+        better = found[0] > value  # not where equal: the first one stays
+        value, index = torch.where(better, found[0], value), torch.where(better, found[1] + start, index)
     return value, index
 
 
