@@ -5,6 +5,7 @@ import torch
 
 from architectures import tiny_model
 from merging_cache import MergingDynamicCache, MergingQuantizedCache
+from merging_cache.hybrid import MergingHybridLayer
 from models import greedy, left_padded, llama, prompt
 
 pytestmark = pytest.mark.core
@@ -106,7 +107,7 @@ def test_refused():
     for change in (fixed.reset, lambda: fixed.crop(-1), lambda: fixed.batch_repeat_interleave(2)):
         with pytest.raises(ValueError, match="goes on with one prompt"):
             change()
-    with pytest.raises(ValueError, match="goes on with one prompt"):
+    with pytest.raises(ValueError, match=r"goes on with one prompt|not supported with Static cache"):
         model.generate(ids, past_key_values=fixed, prompt_lookup_num_tokens=2, max_new_tokens=3, pad_token_id=0)
     cache.activate_past_recording()
     with pytest.raises(ValueError, match="records the past"):
@@ -143,6 +144,7 @@ def test_what_there_is_no_room_for_is_refused(model_type):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(MergingHybridLayer is None, reason="older transformers keep such states in the model")
 def test_a_state_of_linear_attention_is_not_lost():
     model, ids = tiny_model("falcon_h1"), prompt(50)
     cache = prefilled(model, ids)
