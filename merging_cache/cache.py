@@ -181,9 +181,9 @@ class MergingDynamicCache(DynamicCache):
     def fixed(self, max_new_tokens: int) -> FixedCache:
         """What this cache holds, with room for `max_new_tokens` and no more, for decoding that is compiled.
 
-        Nothing grows then, so that one graph runs for every token (with sliding windows, one more when a window gets
-        full), in `generate` or by `torch.compile`. A fold that is due is done first, on this cache, which is otherwise
-        left alone: the other has a copy. To go on in several ways, repeat the rows before: `batch_repeat_interleave`.
+        Nothing grows then, so that one graph runs for every token (up to two more where sliding windows get full), in
+        `generate` or by `torch.compile`. A fold that is due is done first, on this cache, which is otherwise left
+        alone: the other has a copy. To go on in several ways, repeat the rows before: `batch_repeat_interleave`.
 
         Args:
             max_new_tokens: those that `generate` is asked for, where the last token of the prompt is not yet in this

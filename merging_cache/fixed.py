@@ -50,7 +50,7 @@ class FixedCache(Cache):
 
     def __init__(self, layers: list[Any], max_new_tokens: int) -> None:
         for layer in layers:
-            check_fixable(layer)
+            finish(layer)
         with torch.inference_mode(False), torch.no_grad():  # so that it can be written to in any mode
             super().__init__(layers=[fixed(layer, max_new_tokens) for layer in layers])
 
@@ -69,8 +69,8 @@ class FixedCache(Cache):
     reset = crop = activate_past_recording = batch_repeat_interleave = batch_select_indices = _refuse
 
 
-def check_fixable(layer: Any) -> None:
-    """Do the fold that is due.
+def finish(layer: Any) -> None:
+    """Do the fold that is due, and check that the layer can be fixed.
 
     Raises:
         ValueError: for an empty layer, one whose slots need the linked attention, or another kind of layer.

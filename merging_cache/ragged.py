@@ -135,7 +135,7 @@ class RaggedStorage:
         num_used = int(lengths[used].sum())
         if not isinstance(self.slots, DenseStorage) or not 0 < num_used <= self.slots.length // 2:
             return None
-        slots = RaggedLayout(starts[used], lengths[used], self.layout.longest).spans
+        slots = self.layout.select_rows(used).spans
         flat = torch.cat([torch.arange(first, first + count, device=starts.device) for first, count in slots])
         keys, values = self.slots.read()
         self.slots.replace(keys[:, :, flat], values[:, :, flat])

@@ -6,7 +6,7 @@ and looks again in fp32 at those few candidates that rounding could have confuse
 the chip of a GPU.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
@@ -73,10 +73,8 @@ class Search:
 
     def head(self, index: int) -> "Search":
         """That of one head."""
-        own = {one.name: getattr(self, one.name) for one in fields(self)}
-        return Search(
-            **{name: part[index : index + 1] if isinstance(part, Tensor) else part for name, part in own.items()}
-        )
+        tensors = {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **{name: part[index : index + 1] for name, part in tensors.items()})
 
     def among(self, some: slice) -> "Search":
         """That among some of the candidates."""
