@@ -45,9 +45,10 @@ from transformers import (
 from transformers.utils import logging
 
 from merging_cache import LayerStates, MergingDynamicCache, MergingQuantizedCache
-from merging_cache.layer import MergingLayer
+from merging_cache.layers import MergingLayer
 from merging_cache.mergers import SimilarityMerger
 from merging_cache.mergers.routing import nearest_survivors
+from merging_cache.model import cache_argument
 from merging_cache.report import align
 from merging_cache.scorers import KeyDiffScorer
 from merging_cache.states import Survivors, gather_tokens, top_tokens
@@ -237,7 +238,7 @@ def real_similarities() -> Iterator[tuple[str, tuple[float, float]]]:
         text = make_context(random.Random(0), words, pairs=24).text
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(**tokenizer(text, return_tensors="pt"), past_key_values=cache)
+            model(**tokenizer(text, return_tensors="pt"), **cache_argument(cache))
         both = []
         for layer in cache.layers:
             states = LayerStates(layer.keys, layer.values)
@@ -292,7 +293,7 @@ class Stopwatch:
     @contextmanager
     def watching(self, cache: MergingDynamicCache) -> Iterator[None]:
         """Watch the stages of this cache and, as `"all"`, everything its layers do in a pass."""
-        fold = cache.folding_layers[0]._fold
+        fold = cache.folding_layers[0]._shared.fold
         for stage, names in (
             (fold.scorer, ("observe", "score")),
             (fold.budget, ("allocate",)),
@@ -321,7 +322,7 @@ def prefill_lines(run: Run) -> Iterator[Line]:
             watch = Stopwatch(run.device)
             with torch.no_grad(), watch.watching(cache):
                 whole = watch.timed("pass", model)
-                whole(ids, past_key_values=cache, logits_to_keep=1)
+                whole(ids, **cache_argument(cache), logits_to_keep=1)
             cache.release()
             alone = watch.seconds["pass"] - watch.seconds["all"]
             for name in ("all", "observe", "score", "allocate", "merge"):
@@ -352,7 +353,7 @@ def filled(run: Run, cache: Cache, model: PreTrainedModel, tokens: int) -> Cache
 def decoding_seconds(run: Run, model: PreTrainedModel, caches: list[Cache], tokens: int) -> list[float]:
     """The median seconds that a token takes with each of the caches, which take turns."""
     token = torch.ones((1, 1), dtype=torch.long, device=run.device)
-    return seconds_of(run, [lambda one=one: model(token, past_key_values=one) for one in caches], tokens, warm_up=3)
+    return seconds_of(run, [lambda one=one: model(token, **cache_argument(one)) for one in caches], tokens, warm_up=3)
 
 
 def decoding_model(run: Run) -> PreTrainedModel:
@@ -417,7 +418,7 @@ def compare_slots(
     """Tokens per second and bytes of a cache of some options over those of another, which has as many slots in all."""
     caches = [MergingDynamicCache(model=model, **options | own) for own in (one, other)]
     for cache in caches:
-        model(random_prompt(run, tokens), past_key_values=cache, logits_to_keep=1)
+        model(random_prompt(run, tokens), **cache_argument(cache), logits_to_keep=1)
     mine, theirs = (torch.stack([layer.slots_per_head for layer in cache.layers]) for cache in caches)
     if mine.sum() != theirs.sum():
         raise RuntimeError(f"the caches compared have {mine.sum()} and {theirs.sum()} slots")
@@ -466,7 +467,7 @@ def quantized_lines(run: Run) -> Iterator[Line]:
 
 def pack_residual(cache: MergingQuantizedCache) -> None:
     """What a step that fills the residual does besides an ordinary step, to a copy of the first layer's storage."""
-    storage = copy.copy(cache.layers[0]._storage)
+    storage = copy.copy(cache.layers[0].storage)
     storage.segments, storage.residual_length = list(storage.segments), 1
     storage.settle()
 
@@ -482,7 +483,7 @@ def memory_lines(run: Run) -> Iterator[Line]:
     for ratio in (0.5, 0.75):
         cache = MergingDynamicCache(config=model.config, scorer="keydiff", merger="similarity", compression_ratio=ratio)
         without, _ = peak_bytes(run, lambda: model(ids, use_cache=False, logits_to_keep=1))
-        with_cache, _ = peak_bytes(run, lambda cache=cache: model(ids, past_key_values=cache, logits_to_keep=1))
+        with_cache, _ = peak_bytes(run, lambda cache=cache: model(ids, **cache_argument(cache), logits_to_keep=1))
         one = cache.layers[0].full_nbytes
         allowed = one + sum(layer.nbytes for layer in cache.layers[:-1])
         # the model alone holds keys and values of one layer while it attends to them
@@ -552,7 +553,7 @@ def gpu_lines(run: Run) -> Iterator[Line]:
     torch._dynamo.utils.counters.clear()
     compiled, token = torch.compile(model, fullgraph=True), torch.ones((1, 1), dtype=torch.long, device=run.device)
     for _ in trange(new, desc="compiled", leave=False):
-        compiled(token, past_key_values=fixed)
+        compiled(token, **cache_argument(fixed))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     yield Line("gpu", f"graphs compiled for {new} decoded tokens", graphs, "", "<= 1")
 

@@ -51,7 +51,8 @@ from merging_cache import MERGERS, SCORERS, MergingConfig, MergingDynamicCache
 from merging_cache.evaluation.metrics import bootstrap_interval
 from merging_cache.evaluation.plots import heat_map
 from merging_cache.evaluation.results import Results
-from merging_cache.picture import new_figure
+from merging_cache.model import cache_argument
+from merging_cache.report import new_figure
 from needle_tasks import Context, Question, make_context, score
 from quickstart import KINDS, pick_questions
 
@@ -129,7 +130,7 @@ def batches(setting: Setting) -> list[tuple[Tensor, dict[str, Asked], list[tuple
             ]
             asked[kind] = Asked(*(torch.tensor(part.input_ids) for part in encoded), questions)
         full = DynamicCache(config=model.config)
-        model(ids, past_key_values=full, logits_to_keep=1)
+        model(ids, **cache_argument(full), logits_to_keep=1)
         answers = [read_answers(model, repeated(full, len(one.ids) // len(ids)), one) for one in asked.values()]
         made.append((ids, asked, answers))
     return made
@@ -146,7 +147,7 @@ def repeated(cache: Cache, times: int) -> Cache:
 def read_answers(model: PreTrainedModel, cache: Cache, asked: Asked) -> tuple[Tensor, Tensor]:
     """The log-probabilities `[B * n, a, V]` of the words of the answers, and all attention outputs."""
     with attention_outputs(model) as outputs:
-        logits = model(torch.cat([asked.ids, asked.answer_ids], dim=1), past_key_values=cache).logits
+        logits = model(torch.cat([asked.ids, asked.answer_ids], dim=1), **cache_argument(cache)).logits
     first = asked.ids.shape[1] - 1
     return logits[:, first:-1].log_softmax(dim=-1), torch.stack(outputs, dim=1)[:, :, first:-1]
 
@@ -178,7 +179,7 @@ def measure_needle(setting: Setting, make_cache: Callable[[PreTrainedModel], Cac
     measured: dict[str, list[Tensor]] = {name: [] for name in ("accuracy", *KINDS, "KL", "error")}
     for ids, asked_of_kinds, full in batches(setting):
         cache = make_cache(model)
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **cache_argument(cache), logits_to_keep=1)
         of_kinds: dict[str, list[Tensor]] = {name: [] for name in ("accuracy", "KL", "error")}
         for asked, (full_log_probabilities, full_outputs) in zip(asked_of_kinds.values(), full, strict=True):
             times = len(asked.ids) // len(ids)
@@ -188,7 +189,7 @@ def measure_needle(setting: Setting, make_cache: Callable[[PreTrainedModel], Cac
             generated = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
-                past_key_values=repeated(cache, times),
+                **cache_argument(repeated(cache, times)),
                 max_new_tokens=asked.answer_ids.shape[1],
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
@@ -254,9 +255,9 @@ def synthetic_batches(kind: str, setting: Setting) -> list[tuple[Tensor, Tensor]
 
 def later_outputs(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
     """`[B, LATER, 128]`, the attention's output for the tokens that come after the context."""
-    model(inputs_embeds=tokens[:, :-LATER], past_key_values=cache)
+    model(inputs_embeds=tokens[:, :-LATER], **cache_argument(cache))
     with attention_outputs(model) as outputs:
-        model(inputs_embeds=tokens[:, -LATER:], past_key_values=cache)
+        model(inputs_embeds=tokens[:, -LATER:], **cache_argument(cache))
     return outputs[0]
 
 

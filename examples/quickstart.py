@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 from transformers.utils import logging
 
 from merging_cache import MergingDynamicCache, MergingQuantizedCache
+from merging_cache.model import cache_argument
 from merging_cache.report import align, report_layers
 from needle_tasks import Context, Question, make_context, score
 
@@ -98,7 +99,7 @@ def ask(model, tokenizer, variant: Variant, context: Context, questions: list[Qu
     device = model.device
     context_ids = tokenizer(context.text, return_tensors="pt").input_ids.to(device)
     cache = variant.make_cache()
-    model(context_ids, past_key_values=cache, logits_to_keep=1)
+    model(context_ids, **cache_argument(cache), logits_to_keep=1)
     variant.nbytes += report_layers(cache.layers).total.bytes_now
     for question in questions:
         question_ids = tokenizer(" " + question.prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(
@@ -111,7 +112,7 @@ def ask(model, tokenizer, variant: Variant, context: Context, questions: list[Qu
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=own_cache,
+            **cache_argument(own_cache),
             max_new_tokens=answer_length + 1,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,

@@ -16,6 +16,7 @@ from merging_cache import MERGERS, SCORERS, MergingDynamicCache, plot_merges
 from merging_cache.evaluation import RULER
 from merging_cache.evaluation.needle_words import NeedleWords, count_words
 from merging_cache.evaluation.ruler import fit
+from merging_cache.model import cache_argument
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
         parser.error(str(error))
     ids = tokenizer(example.context, return_tensors="pt").input_ids
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
     print(cache.report())
     words = [tokenizer.decode(token) for token in ids[0]]
     figure = plot_merges(cache, words, html=options.output / "merges.html")

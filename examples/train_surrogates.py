@@ -21,6 +21,7 @@ from torch.nn.functional import binary_cross_entropy
 from tqdm import trange
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from merging_cache.linalg import solve_positive_definite
 from merging_cache.scorers import FastKVzipScorer
 from needle_tasks import make_context
 
@@ -69,7 +70,7 @@ def fit_kvzap(hidden: Tensor, drawn: Tensor) -> dict[str, Tensor]:
     inputs = torch.cat([hidden, torch.ones_like(hidden[:, :1])], dim=1).double()
     gram = inputs.mT @ inputs
     gram.diagonal().add_(RIDGE * len(inputs))
-    solution = torch.linalg.solve(gram, inputs.mT @ drawn.clamp_min(LEAST).log().double()).float()
+    solution = solve_positive_definite(gram, inputs.mT @ drawn.clamp_min(LEAST).log().double()).float()
     return {"weight": solution[:-1].mT.contiguous(), "bias": solution[-1].clone()}
 
 

@@ -3,10 +3,9 @@
 from .budgets import BUDGETS, Budget
 from .cache import MergingDynamicCache, MergingQuantizedCache
 from .config import MergingConfig
-from .link import merging_attention
 from .mergers import MERGERS, Merger
-from .picture import plot_merges
-from .report import CacheReport, LayerReport
+from .model import merging_attention
+from .report import CacheReport, LayerReport, plot_merges
 from .scorers import SCORERS, KVPressScorer, Scorer
 from .states import LayerStates, Slots, Survivors
 

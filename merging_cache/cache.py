@@ -1,5 +1,6 @@
 """The caches a user passes to `generate`: MergingDynamicCache and MergingQuantizedCache."""
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -9,20 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from .config import MergingConfig, resolve_config
-from .fixed import FixedCache
-from .hybrid import HybridLayer, MergingHybridLayer
-from .layer import MergingLayer
-from .link import Link, can_link
-from .mergers import Merger
-from .padding import Padding
-from .quantized import QuantizedStorage, make_backend
-from .report import CacheReport, report_layers
-from .seen import TokensSeen
+from .layers import FixedCache, HybridLayer, MergingHybridLayer, MergingLayer, Padding, Shared, TokensSeen
+from .model import Link, can_link, check_supported, config_of, fits_masks
+from .report import CacheReport, Fates, report_layers
 from .stage import check_number
-from .storage import DenseStorage
+from .storage import DenseStorage, EvenStorage, QuantizedStorage, make_backend
 
 
 class MergingDynamicCache(DynamicCache):
@@ -82,21 +77,22 @@ class MergingDynamicCache(DynamicCache):
             )
         super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.merging = resolve_config(merging, options)
-        self._padding = Padding(attention_mask)
-        self._recording = False
         if not isinstance(trace, bool):
             raise TypeError(f"trace is {trace!r}; it must be True or False")
-        self._traced = trace
-        linked = model is not None and can_link(model) and config.model_type not in REPEATS_HEADS
-        self._fold = fold = self.merging.build(linked)
-        needed = self.merging.compression_ratio != 0 and fold.needs_attention
-        hidden_states = needed and any(stage.needs_hidden_states for stage in fold.stages.values())
+        self._recording = False
         self._config = None if config is None else config.get_text_config(decoder=True)
-        if self._config is not None and self.merging.compression_ratio != 0:
-            check_supported(self._config, fold.merger)
-        self._link = Link(model, config, needed, type(self).__name__, hidden_states)
+        linked = model is not None and can_link(model) and fits_masks(self._config)
+        fold, folds = self.merging.build(linked), self.merging.compression_ratio != 0
+        folding = [index for index, layer in enumerate(self.layers) if type(layer) in (DynamicLayer, HybridLayer)]
+        if folding and folds:
+            late = self.merging.fold_at == "decode"
+            check_supported(self._config, folding, fold.merger.merges_values, fold.fits_masks, late)
+        needed = folds and fold.needs_attention
+        hidden_states = needed and any(stage.needs_hidden_states for stage in fold.stages.values())
+        link = Link(model, config, needed, type(self).__name__, hidden_states)
+        self._shared = Shared(self.merging, fold, Padding(attention_mask), link, self._storage(), trace)
         if config is None:
-            if self.merging.compression_ratio != 0:
+            if folds:
                 warnings.warn(
                     f"{type(self).__name__} was given neither config=model.config nor model=model, so it takes every "
                     "layer for full attention; for a model with sliding windows or other kinds of layers the output "
@@ -105,13 +101,9 @@ class MergingDynamicCache(DynamicCache):
                 )
             self.layer_class_to_replicate = self._next_layer
             return
-        folding = [index for index, layer in enumerate(self.layers) if type(layer) in (DynamicLayer, HybridLayer)]
         for rank, index in enumerate(folding):
-            hybrid = {}
-            if type(self.layers[index]) is HybridLayer:
-                hybrid["number_of_states"] = self.layers[index].number_of_states
-            self.layers[index] = self._make_layer(index, (rank, len(folding)), **hybrid)
-        if not any(isinstance(layer, MergingLayer) for layer in self.layers):
+            self.layers[index] = self._folding(self.layers[index], index, (rank, len(folding)))
+        if not folding:
             kinds = sorted({type(layer).__name__ for layer in self.layers})
             warnings.warn(
                 f"No layer of {type(config).__name__} has full attention over all tokens (they are {kinds}), so "
@@ -119,20 +111,28 @@ class MergingDynamicCache(DynamicCache):
                 stacklevel=2,
             )
 
-    def _storage(self) -> Callable[[], DenseStorage | QuantizedStorage]:
+    def _storage(self) -> Callable[[], EvenStorage]:
         """What makes the storage of a layer."""
         return DenseStorage
 
-    def _make_layer(self, index: int, rank: tuple[int, int] | None = None, **hybrid: int) -> MergingLayer:
-        kind = MergingHybridLayer if hybrid else MergingLayer
-        storage, shared = self._storage(), (self.merging, self._fold, self._padding, self._link)
-        return kind(*shared, index, rank, storage, self._traced, **hybrid)
+    def _folding(self, layer: CacheLayerMixin, index: int, rank: tuple[int, int]) -> MergingLayer:
+        """The layer that folds in the place of one of transformers' own."""
+        if type(layer) is HybridLayer:
+            return MergingHybridLayer(self._shared, index, rank, number_of_states=layer.number_of_states)
+        return MergingLayer(self._shared, index, rank)
 
     def _next_layer(self) -> MergingLayer:
-        layer = self._make_layer(len(self.layers))
+        layer = MergingLayer(self._shared, len(self.layers))
         if self._recording:
             layer.activate_past_recording()
         return layer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MergingDynamicCache":
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        memo[id(self._shared)] = self._shared.twin()
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     @property
     def folding_layers(self) -> list[MergingLayer]:
@@ -142,11 +142,11 @@ class MergingDynamicCache(DynamicCache):
     @property
     def attention_mask(self) -> Tensor | None:
         """`[B, tokens]`, 0 where a token of the batch is padding; `None` where none is known to be."""
-        return self._padding.attention_mask
+        return self._shared.padding.attention_mask
 
     @attention_mask.setter
     def attention_mask(self, attention_mask: Tensor | None) -> None:
-        self._padding.set(attention_mask)
+        self._shared.padding.set(attention_mask)
 
     def release(self, model: PreTrainedModel | None = None) -> None:
         """Put the model back as it was before it was linked, unless another cache or a `with` block still needs it.
@@ -160,7 +160,7 @@ class MergingDynamicCache(DynamicCache):
         Raises:
             ValueError: if it is another model than that.
         """
-        self._link.release(model)
+        self._shared.link.release(model)
         for layer in self.folding_layers:
             layer.release()
 
@@ -214,6 +214,15 @@ class MergingDynamicCache(DynamicCache):
         """What every layer has seen, kept, merged and saved; `print` it for a table."""
         return report_layers(self.layers, self)
 
+    def fates(self, row: int = 0) -> Fates:
+        """What became of the tokens of a row of the batch, layer by layer: what `plot_merges` draws.
+
+        Raises:
+            ValueError: if there is no such row, or the cache is empty.
+        """
+        folding = {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, MergingLayer)}
+        return Fates.of(folding, row)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, folded ones included."""
         return TokensSeen(super().get_seq_length(layer_idx))
@@ -260,13 +269,13 @@ class MergingDynamicCache(DynamicCache):
         self._recording = False
         for layer in self.layers:
             layer.reset()
-        self._padding.set(None)
+        self._shared.padding.set(None)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row `beam_idx[i]` of the batch row i."""
         # repeating and selecting rows come here too: what every kind of layer can do is to take rows by index
         if (batch := self._batch) is not None:
-            self._padding.select_rows(beam_idx, batch)
+            self._shared.padding.select_rows(beam_idx, batch)
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -350,56 +359,5 @@ class MergingQuantizedCache(MergingDynamicCache):
         """Not possible: a fixed cache is stored in full precision."""
         raise ValueError("a quantized cache cannot be fixed, which stores full precision; use MergingDynamicCache")
 
-    def _storage(self) -> Callable[[], DenseStorage | QuantizedStorage]:
+    def _storage(self) -> Callable[[], EvenStorage]:
         return partial(QuantizedStorage, self._backend, self._residual_length)
-
-
-def config_of(config: PreTrainedConfig | None, model: PreTrainedModel | None) -> PreTrainedConfig | None:
-    """The config to build a cache for, from whichever was given."""
-    if model is None:
-        return config
-    if not hasattr(model, "config"):
-        raise TypeError(f"model is {type(model).__name__}; give a transformers model, such as AutoModelForCausalLM's")
-    if config is not None and config is not model.config:
-        raise ValueError("config and model are both given, but config is not model.config; leave config out")
-    return model.config
-
-
-# DiffLlama pairs each head's keys with another's values; Doge masks tokens by all heads' values together
-MIXES_HEADS = ("diffllama", "doge")
-# JetMoe attends to every stored head several times, in an order of its own, so no mass can be added to one of them
-REPEATS_HEADS = ("jetmoe",)
-
-
-def check_supported(config: PreTrainedConfig, merger: Merger) -> None:
-    """Refuse models whose attention would go wrong on folded slots, from what their config tells.
-
-    Raises:
-        ValueError: for attention that reads several KV heads' states at one place together; for a bias or a window by
-            the distance of a key's place in the cache, which is no longer the distance of its token; and for merging
-            the values of multi-head latent attention (MLA), which carry rotary positions.
-    """
-    if config.model_type in MIXES_HEADS:
-        raise ValueError(
-            f"{config.model_type} reads the values of several KV heads together, but after a fold every head stores "
-            "other tokens. Use compression_ratio=0, or another model"
-        )
-    relative = ("relative_attention_num_buckets", "rel_extent")  # T5 and its kin, Inkling
-    attention = getattr(config, "attn_config", None)  # MPT
-    alibi = config.model_type == "bloom" or getattr(config, "alibi", False) or getattr(attention, "alibi", False)
-    if alibi or any(getattr(config, name, None) is not None for name in relative):
-        raise ValueError(
-            f"{config.model_type} adds a position bias to its attention logits, computed from a key's place in the "
-            "cache; on folded slots that would be another token's position. Use compression_ratio=0, or a model with "
-            "rotary or absolute positions"
-        )
-    if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo
-        raise ValueError(
-            f"{config.model_type} masks its local layers by a key's place in the cache, which after a fold is not the "
-            "place of its token. Use compression_ratio=0, or another model"
-        )
-    if getattr(config, "kv_lora_rank", None) is not None and merger.merges_values:
-        raise ValueError(
-            f"{config.model_type} has multi-head latent attention (MLA), and what it caches as values carries rotary "
-            "positions, which must not be averaged. Use merger='drop'"
-        )

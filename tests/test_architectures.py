@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from architectures import causal_lm_types, tiny_model
 from merging_cache import MergingDynamicCache, Scorer
-from merging_cache.link import can_link
+from merging_cache.model import cache_argument, can_link
 
 LENGTH, WINDOW = 48, 16
 TESTED, EXACT, QUERIES, ALL = "5.23.0", 137, 116, 189  # where the numbers of architectures are known
@@ -64,9 +64,9 @@ def tried(model_type, attention=None):
     # OPT counts positions in the mask, so they have to be told
     told = {"position_ids": torch.tensor([[LENGTH]])} if model_type == "opt" else {}
     try:
-        expected = model(prompt, past_key_values=full).logits
+        expected = model(prompt, **cache_argument(full)).logits
         mask = torch.ones(1, LENGTH + 1, dtype=torch.long)
-        model(last, past_key_values=full, attention_mask=mask, **told)
+        model(last, **cache_argument(full), attention_mask=mask, **told)
     except Exception as error:
         raise NotTriedError(NOT_RUN) from error
     return model, prompt, last, expected, told
@@ -94,7 +94,7 @@ def outcome(model_type):
             cache = MergingDynamicCache(config=model.config, **options)
     except ValueError as error:
         return why_refused(error)
-    logits = model(prompt, past_key_values=cache).logits
+    logits = model(prompt, **cache_argument(cache)).logits
     folded = [layer for layer in cache.folding_layers if layer.num_stored]
     if not folded:
         return NO_FULL_ATTENTION
@@ -105,10 +105,10 @@ def outcome(model_type):
     kept = folded[0].positions[0, 0]
     mask[0, [position for position in range(LENGTH) if position not in kept]] = 0
     full = DynamicCache(config=model.config)
-    model(prompt, past_key_values=full)
-    masked = model(last, past_key_values=full, attention_mask=mask, **told).logits
+    model(prompt, **cache_argument(full))
+    masked = model(last, **cache_argument(full), attention_mask=mask, **told).logits
     try:
-        step = model(last, past_key_values=cache).logits
+        step = model(last, **cache_argument(cache)).logits
     except ValueError as error:
         assert "position_ids" in str(error)
         return ENFORCES_POSITIONS
@@ -187,7 +187,7 @@ def recorded_queries(model, ids):
     AttentionInterface.register(name, record)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     model.set_attn_implementation(name)
-    model(ids, past_key_values=DynamicCache(config=model.config))
+    model(ids, **cache_argument(DynamicCache(config=model.config)))
     model.set_attn_implementation(implementation)
     return seen
 
@@ -209,7 +209,7 @@ def linked_outcome(model_type, attention=None):
                 return OUTSIDE
             return why_refused(error)
     try:
-        logits = model(prompt, past_key_values=cache).logits
+        logits = model(prompt, **cache_argument(cache)).logits
     except ValueError as error:
         assert "its queries cannot be compared with what is cached" in str(error), error
         return OTHER_KEYS
@@ -217,7 +217,7 @@ def linked_outcome(model_type, attention=None):
     if not any(layer.num_stored for layer in cache.folding_layers):
         return NO_FULL_ATTENTION
     try:
-        model(last, past_key_values=cache)
+        model(last, **cache_argument(cache))
     except ValueError as error:
         if "must see the attention of" in str(error):
             assert type(model).__name__ in str(error)
@@ -318,8 +318,8 @@ def outcome_of_heads(model_type, budget):
             cache = MergingDynamicCache(
                 model=model, scorer=OtherInEachHead(), budget=budget, merger="drop", recent_tokens=WINDOW
             )
-        model(prompt, past_key_values=cache)
-        step = model(last, past_key_values=cache, **told).logits
+        model(prompt, **cache_argument(cache))
+        step = model(last, **cache_argument(cache), **told).logits
     except (NotTriedError, ValueError) as error:
         return str(error)
     cache.release()
@@ -335,8 +335,8 @@ def outcome_of_heads(model_type, budget):
         hidden[layer.layer_idx] = lost[..., :LENGTH]
     full = DynamicCache(config=model.config)
     with hiding(model, hidden):
-        model(prompt, past_key_values=full)
-        expected = model(last, past_key_values=full, **told).logits
+        model(prompt, **cache_argument(full))
+        expected = model(last, **cache_argument(full), **told).logits
     difference = (step - expected).abs().max().item()
     assert difference < 1e-4 * max(1.0, expected.abs().max().item()), f"the step after the fold differs by {difference}"
     return "exact"

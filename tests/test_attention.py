@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from architectures import tiny_model
 from merging_cache import MergingDynamicCache, MergingQuantizedCache, Scorer, attention, merging_attention
 from merging_cache.mergers import DropMerger
+from merging_cache.model import cache_argument
 from models import WINDOW, greedy, left_padded, llama, prompt
 
 pytestmark = pytest.mark.core
@@ -51,10 +52,10 @@ def linked(model, quantized=False, **options):
 @pytest.mark.parametrize("inputs", [prompt(40), left_padded([40, 17, 3])], ids=["plain", "padded"])
 def test_other_caches_pass_through_bit_for_bit(attention, inputs):
     model = llama(attention)
-    expected = greedy(model, inputs, past_key_values=DynamicCache(config=model.config))
+    expected = greedy(model, inputs, **cache_argument(DynamicCache(config=model.config)))
     with merging_attention(model):
         assert model.config._attn_implementation == f"merging_{attention}"
-        linked_output = greedy(model, inputs, past_key_values=DynamicCache(config=model.config))
+        linked_output = greedy(model, inputs, **cache_argument(DynamicCache(config=model.config)))
     assert model.config._attn_implementation == attention
     assert torch.equal(expected.sequences, linked_output.sequences)
     for mine, theirs in zip(linked_output.logits, expected.logits, strict=True):
@@ -66,9 +67,9 @@ def test_a_linked_cache_without_need_is_the_unlinked_one(attention):
     model, inputs = llama(attention), left_padded([40, 17, 3])
     mask = inputs["attention_mask"]
     unlinked = MergingDynamicCache(config=model.config, attention_mask=mask, **WINDOW)
-    expected = greedy(model, inputs, past_key_values=unlinked)
+    expected = greedy(model, inputs, **cache_argument(unlinked))
     cache = linked(model, merger="similarity")  # it learns the padding by itself
-    output = greedy(model, inputs, past_key_values=cache)
+    output = greedy(model, inputs, **cache_argument(cache))
     assert torch.equal(output.sequences, expected.sequences)
     for mine, theirs in zip(cache.layers, unlinked.layers, strict=True):
         assert torch.equal(mine.positions, theirs.positions)
@@ -99,7 +100,7 @@ def test_the_last_queries_arrive_however_the_prompt_comes(fold_at, chunk):
     seen = true_queries(model, ids)
     scorer = Listener()
     cache = linked(model, scorer=scorer, fold_at=fold_at)
-    greedy(model, ids, new_tokens=2, past_key_values=cache, prefill_chunk_size=chunk)
+    greedy(model, ids, new_tokens=2, **cache_argument(cache), prefill_chunk_size=chunk)
     last = {states.layer_idx: states for states in scorer.shown}
     for index, states in last.items():
         assert states.query_positions.tolist() == [list(range(33, 40))]
@@ -127,14 +128,14 @@ def true_queries(model, ids):
     AttentionMaskInterface.register("recording", sdpa_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation("recording")
-    model(ids, past_key_values=DynamicCache(config=model.config))
+    model(ids, **cache_argument(DynamicCache(config=model.config)))
     model.set_attn_implementation(before)
     return seen
 
 
 def test_padding_has_no_queries():
     model, scorer = llama(), Listener()
-    greedy(model, left_padded([40, 4]), new_tokens=2, past_key_values=linked(model, scorer=scorer, max_tokens=20))
+    greedy(model, left_padded([40, 4]), new_tokens=2, **cache_argument(linked(model, scorer=scorer, max_tokens=20)))
     shown = [states for states in scorer.shown if states.layer_idx == 0]
     # the short row keeps everything and is not scored
     assert [states.query_positions.tolist() for states in shown] == [[list(range(33, 40))]]
@@ -150,12 +151,12 @@ def test_ragged_attention_is_that_of_each_head_alone(budget, attention, quantize
     if budget == "threshold":
         cache = linked(model, quantized, budget=RAGGED[budget], merger="similarity")
     ids = prompt(60, batch=2)
-    model(ids, past_key_values=cache)
+    model(ids, **cache_argument(cache))
     counts = [layer.slots_per_head for layer in cache.layers]
     assert len({int(n) for count in counts for n in count.flatten()}) > 1
     for length in (1, 5):
         expected = heads_alone(model, prompt(length, batch=2, seed=length), copy.deepcopy(cache))
-        logits = model(prompt(length, batch=2, seed=length), past_key_values=(copy.deepcopy(cache))).logits
+        logits = model(prompt(length, batch=2, seed=length), **cache_argument(copy.deepcopy(cache))).logits
         torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -202,12 +203,12 @@ def test_ragged_rows_equal_the_row_alone(budget, merger, quantized):
     options = {"budget": RAGGED[budget], "merger": merger, "scorer": scorer, "max_tokens": 20}
     lengths = [50, 31, 12]
     inputs = left_padded(lengths)
-    together = greedy(model, inputs, past_key_values=linked(model, quantized, **options))
+    together = greedy(model, inputs, **cache_argument(linked(model, quantized, **options)))
     for row, length in enumerate(lengths):
         if quantized and length <= 20:
             continue  # alone it is not folded, so it is not quantized either
         alone = greedy(
-            model, inputs["input_ids"][row : row + 1, -length:], past_key_values=linked(model, quantized, **options)
+            model, inputs["input_ids"][row : row + 1, -length:], **cache_argument(linked(model, quantized, **options))
         )
         for mine, theirs in zip(together.logits, alone.logits, strict=True):
             torch.testing.assert_close(mine[row], theirs[0], rtol=1e-4, atol=1e-3 if quantized else 1e-4)
@@ -219,7 +220,7 @@ def test_ragged_bytes_follow_the_slots(budget):
     model = llama()
     scorer = "keydiff" if budget == "threshold" else "snapkv"
     cache = linked(model, budget=RAGGED[budget], scorer=scorer, compression_ratio=0.6)
-    model(prompt(400), past_key_values=cache)
+    model(prompt(400), **cache_argument(cache))
     slots = sum(int(layer.slots_per_head.sum()) for layer in cache.layers)
     per_slot = 2 * 16 * 4 + 4
     storages = {}
@@ -257,7 +258,7 @@ def test_beams_and_reordered_rows_of_ragged_caches(budget):
     options = {"budget": RAGGED[budget], "scorer": scorer}
     ids = prompt(50, batch=2)
     cache = linked(model, **options)
-    model(ids, past_key_values=cache)
+    model(ids, **cache_argument(cache))
     before = [(layer.positions, layer.keys, layer.values) for layer in cache.layers]
     order = torch.tensor([1, 1, 0])
     cache.batch_select_indices(order)
@@ -266,16 +267,16 @@ def test_beams_and_reordered_rows_of_ragged_caches(budget):
         assert torch.equal(layer.keys, keys[order])
         assert torch.equal(layer.values, values[order])
     beams = greedy(
-        model, ids, past_key_values=linked(model, **options), num_beams=3, output_logits=False, output_scores=True
+        model, ids, **cache_argument(linked(model, **options)), num_beams=3, output_logits=False, output_scores=True
     )
     # the score of the best beam is that of its tokens fed one by one
     for row in range(2):
         cache = linked(model, **options)
-        logits = model(ids[row : row + 1], past_key_values=cache).logits[:, -1]
+        logits = model(ids[row : row + 1], **cache_argument(cache)).logits[:, -1]
         total = 0.0
         for token in beams.sequences[row, 50:]:
             total += logits.log_softmax(-1)[0, token].item()
-            logits = model(token.view(1, 1), past_key_values=cache).logits[:, -1]
+            logits = model(token.view(1, 1), **cache_argument(cache)).logits[:, -1]
         assert beams.sequences_scores[row].item() == pytest.approx(total / 8, abs=1e-4)
 
 
@@ -289,11 +290,11 @@ def test_drafts_leave_no_trace(budget):
     cache = linked(model, **options)
     if not hasattr(DynamicCache, "activate_past_recording"):
         cache.activate_past_recording()  # this transformers does not announce drafts
-    output = greedy(model, ids, past_key_values=cache, prompt_lookup_num_tokens=3, output_logits=False)
+    output = greedy(model, ids, **cache_argument(cache), prompt_lookup_num_tokens=3, output_logits=False)
     by_hand = linked(model, **options)
-    model(ids, past_key_values=by_hand)
+    model(ids, **cache_argument(by_hand))
     for token in output.sequences[0, 60 : cache.get_seq_length()]:
-        model(token.view(1, 1), past_key_values=by_hand)
+        model(token.view(1, 1), **cache_argument(by_hand))
     for mine, theirs in zip(cache.layers, by_hand.layers, strict=True):
         assert torch.equal(mine.positions, theirs.positions)
         torch.testing.assert_close(mine.values, theirs.values, rtol=1e-4, atol=1e-4)
@@ -303,11 +304,11 @@ def test_drafts_leave_no_trace(budget):
 def test_without_the_model_the_first_single_token_says_so(options):
     model = llama()
     cache = MergingDynamicCache(config=model.config, **options)
-    logits = model(prompt(40), past_key_values=cache).logits
+    logits = model(prompt(40), **cache_argument(cache)).logits
     assert torch.equal(logits, model(prompt(40)).logits)
     name = "SnapKVScorer" if "scorer" in options else "AdaKVBudget"
     with pytest.raises(ValueError, match=rf"{name} must see the attention of Llama\w*, .* Give the cache the model"):
-        model(prompt(1), past_key_values=cache)
+        model(prompt(1), **cache_argument(cache))
 
 
 def test_a_model_outside_the_interface_is_refused():
@@ -320,7 +321,7 @@ def test_a_model_outside_the_interface_is_refused():
     ):
         pass
     cache = MergingDynamicCache(model=model, scorer="keydiff", **WINDOW)  # keys and values are enough for this one
-    model(prompt(40), past_key_values=cache)
+    model(prompt(40), **cache_argument(cache))
     assert cache.layers[0].num_slots == 20
 
 
@@ -335,15 +336,15 @@ def test_bad_models():
 def test_copies_and_pickles_leave_the_model_behind():
     model = llama()
     cache = linked(model, scorer="snapkv")
-    model(prompt(40), past_key_values=cache)
+    model(prompt(40), **cache_argument(cache))
     twin, thawed = copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
     assert twin.layers[0]._observed.owner.module is model.model.layers[0].self_attn
     assert thawed.layers[0]._observed.owner.module is None
     assert len(pickle.dumps(cache)) < 200_000
     for other in (twin, thawed):
         assert torch.equal(
-            model(prompt(1), past_key_values=other).logits,
-            model(prompt(1), past_key_values=copy.deepcopy(cache)).logits,
+            model(prompt(1), **cache_argument(other)).logits,
+            model(prompt(1), **cache_argument(copy.deepcopy(cache))).logits,
         )
     other = None
     gc.collect()  # the copies made just above
@@ -364,7 +365,7 @@ def test_two_threads_with_two_caches_on_one_model():
     def work(seed, times=5):
         for _ in range(times):
             cache = linked(model, scorer="snapkv", budget="adakv")
-            outputs.setdefault(seed, []).append(greedy(model, prompt(40, seed=seed), past_key_values=cache).sequences)
+            outputs.setdefault(seed, []).append(greedy(model, prompt(40, seed=seed), **cache_argument(cache)).sequences)
             cache.release()
 
     for seed in (1, 2):
@@ -392,16 +393,16 @@ def test_ragged_slots_need_the_link_to_the_end(how):
             cache = MergingDynamicCache(config=model.config, budget="adakv", **WINDOW)
         else:
             cache = linked(model, budget="adakv")
-        model(prompt(40), past_key_values=cache)
+        model(prompt(40), **cache_argument(cache))
     if how == "released":
         cache.release()
     elif how == "another implementation":
         model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match=r"only the linked attention of Llama\w* can read .* not linked any more"):
-        model(prompt(1), past_key_values=cache)
+        model(prompt(1), **cache_argument(cache))
     assert cache.get_seq_length() == 40  # and nothing was stored
     with merging_attention(model):
-        model(prompt(1), past_key_values=cache)
+        model(prompt(1), **cache_argument(cache))
 
 
 @pytest.mark.parametrize("options", [{"budget": "adakv", "merger": "similarity"}, {"merger": "count"}])
@@ -410,13 +411,13 @@ def test_slots_that_nobody_reads_stop_the_pass(how, options):
     """A cache that cannot know which model runs it sees it at the second layer."""
     model = llama()
     cache = linked(model, **options)
-    model(prompt(40), past_key_values=cache)
+    model(prompt(40), **cache_argument(cache))
     other = pickle.loads(pickle.dumps(cache)) if how == "thawed" else cache
     runs = llama() if how == "another model" else model
     if how == "thawed":
         cache.release()
     with pytest.raises(ValueError, match=r"(AdaKVBudget|CountMerger) must see the attention of"):
-        runs(prompt(1), past_key_values=other)
+        runs(prompt(1), **cache_argument(other))
 
 
 def test_rows_that_hold_nothing_yet_can_be_selected():
@@ -424,12 +425,12 @@ def test_rows_that_hold_nothing_yet_can_be_selected():
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     position_ids = (mask.cumsum(1) - 1).clamp_min(0)
     cache = linked(model, budget="adakv", max_tokens=12)
-    model(ids[:, :16], attention_mask=mask[:, :16], position_ids=position_ids[:, :16], past_key_values=cache)
+    model(ids[:, :16], attention_mask=mask[:, :16], position_ids=position_ids[:, :16], **cache_argument(cache))
     cache.batch_select_indices(torch.tensor([1]))
     rest = {"attention_mask": mask[1:], "position_ids": position_ids[1:, 16:]}
-    logits = model(ids[1:, 16:], past_key_values=cache, **rest).logits
+    logits = model(ids[1:, 16:], **cache_argument(cache), **rest).logits
     alone = linked(model, budget="adakv", max_tokens=12)
-    expected = model(ids[1:, 20:], past_key_values=alone).logits
+    expected = model(ids[1:, 20:], **cache_argument(alone)).logits
     torch.testing.assert_close(logits[:, 4:], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -480,7 +481,7 @@ def test_hidden_states_are_not_kept(tmp_path):
     cache = linked(model, scorer={"name": "kvzap", "weights": str(tmp_path / "w")})
     model(prompt(40))
     assert attention._thread.hidden_states is None
-    model(prompt(40), past_key_values=cache)
+    model(prompt(40), **cache_argument(cache))
     assert attention._thread.hidden_states is None
     assert all(layer._observed.hidden_states is None for layer in cache.layers)
     model.set_attn_implementation("eager")
@@ -498,7 +499,7 @@ def test_a_fold_that_fails_takes_the_pass_back():
     model = llama()
     cache = linked(model, scorer=broken)
     with pytest.raises(RuntimeError, match="no score today"):
-        model(prompt(40), past_key_values=cache)
+        model(prompt(40), **cache_argument(cache))
     assert cache.layers[0].num_stored == cache.layers[0].seen == 0
 
 
@@ -514,9 +515,9 @@ def test_layers_that_keep_everything_beside_layers_that_fold(weights, lengths):
     together, alone = linked(model, **options), [linked(model, **options) for _ in lengths]
     text, mask = inputs["input_ids"], inputs["attention_mask"]
     for _ in range(2):
-        output = greedy(model, {"input_ids": text, "attention_mask": mask}, 3, past_key_values=together)
+        output = greedy(model, {"input_ids": text, "attention_mask": mask}, 3, **cache_argument(together))
         for row, (cache, length) in enumerate(zip(alone, lengths, strict=True)):
-            single = greedy(model, text[row : row + 1, max(lengths) - length :], 3, past_key_values=cache)
+            single = greedy(model, text[row : row + 1, max(lengths) - length :], 3, **cache_argument(cache))
             for mine, theirs in zip(output.logits, single.logits, strict=True):
                 torch.testing.assert_close(mine[row], theirs[0], rtol=1e-4, atol=1e-4)
         text = torch.cat([output.sequences, prompt(9, len(lengths), seed=5)], 1)
@@ -538,12 +539,12 @@ class Doubling(DropMerger):
 def test_mass_is_added_to_the_logits(budget, attention):
     model = llama(attention)
     cache = linked(model, budget=budget, scorer="snapkv", merger=Doubling())
-    model(prompt(60, batch=2), past_key_values=cache)
+    model(prompt(60, batch=2), **cache_argument(cache))
     for length in (1, 5):
         ids = prompt(length, batch=2, seed=length)
         expected = heads_alone(model, ids, copy.deepcopy(cache))
         torch.testing.assert_close(
-            model(ids, past_key_values=copy.deepcopy(cache)).logits, expected, rtol=1e-5, atol=1e-4
+            model(ids, **cache_argument(copy.deepcopy(cache))).logits, expected, rtol=1e-5, atol=1e-4
         )
 
 
@@ -555,8 +556,8 @@ def test_right_padded_rows_equal_the_row_alone(scorer, budget):
     mask[1, 25:] = 0
     options = {"scorer": scorer, "budget": budget, "max_tokens": 12}
     together, alone = linked(model, **options), linked(model, **options)
-    model(ids, attention_mask=mask, past_key_values=together)
-    model(ids[1:, :25], past_key_values=alone)
+    model(ids, attention_mask=mask, **cache_argument(together))
+    model(ids[1:, :25], **cache_argument(alone))
     for mine, theirs in zip(together.layers, alone.layers, strict=True):
         kept = [set(head[head >= 0].tolist()) for head in theirs.positions[0]]
         assert [set(head[(head >= 0) & (head < 25)].tolist()) for head in mine.positions[1]] == kept
@@ -565,7 +566,7 @@ def test_right_padded_rows_equal_the_row_alone(scorer, budget):
 def test_rows_that_go_free_their_slots():
     model = llama()
     cache = linked(model, budget="adakv", scorer="snapkv")
-    model(prompt(200, 8), past_key_values=cache)
+    model(prompt(200, 8), **cache_argument(cache))
     alone, before = copy.deepcopy(cache), cache.report().total.bytes_now
     cache.batch_select_indices(torch.tensor([2]))
     assert cache.report().total.bytes_now < before / 6
@@ -573,8 +574,8 @@ def test_rows_that_go_free_their_slots():
         assert torch.equal(mine.positions, theirs.positions[2:3])
         there = mine.positions >= 0
         assert torch.equal(mine.keys[there], theirs.keys[2:3][there])
-    logits = model(prompt(1), past_key_values=cache).logits
-    torch.testing.assert_close(logits, model(prompt(1).expand(8, -1), past_key_values=alone).logits[2:3])
+    logits = model(prompt(1), **cache_argument(cache)).logits
+    torch.testing.assert_close(logits, model(prompt(1).expand(8, -1), **cache_argument(alone)).logits[2:3])
 
 
 def test_a_prompt_of_one_token_is_observed():
@@ -582,8 +583,8 @@ def test_a_prompt_of_one_token_is_observed():
     options = {"scorer": "qfilter", "max_tokens": 8, "sink_tokens": 0, "recent_tokens": 2}
     together, alone = MergingDynamicCache(model=model, **options), MergingDynamicCache(model=model, **options)
     inputs = left_padded([30, 1])
-    model(**inputs, position_ids=(inputs["attention_mask"].cumsum(1) - 1).clamp_min(0), past_key_values=together)
-    model(inputs["input_ids"][1:, -1:], past_key_values=alone)
+    model(**inputs, position_ids=(inputs["attention_mask"].cumsum(1) - 1).clamp_min(0), **cache_argument(together))
+    model(inputs["input_ids"][1:, -1:], **cache_argument(alone))
     for mine, theirs in zip(together.layers, alone.layers, strict=True):
         for one, other in zip(mine._observed.statistics.queries, theirs._observed.statistics.queries, strict=True):
             torch.testing.assert_close(one[1:], other, rtol=1e-3, atol=1e-3)
@@ -595,7 +596,7 @@ def test_quantized_chunks_are_folded_as_in_one_piece(budget):
     model, ids = llama(), prompt(100)
     caches = [linked(model, True, budget=budget, fold_at="decode", max_tokens=70) for _ in range(2)]
     outputs = [
-        greedy(model, ids, 3, past_key_values=cache, prefill_chunk_size=chunk)
+        greedy(model, ids, 3, **cache_argument(cache), prefill_chunk_size=chunk)
         for cache, chunk in zip(caches, (None, 20), strict=True)
     ]
     torch.testing.assert_close(torch.stack(outputs[0].logits), torch.stack(outputs[1].logits), rtol=1e-4, atol=1e-4)
@@ -644,19 +645,19 @@ def test_other_implementations_give_what_sdpa_gives(implementation, budget, inpu
     model = llama()
     options = {"scorer": "snapkv", "budget": budget, "max_tokens": 16}
     reference = linked(model, **options)
-    expected = greedy(model, inputs, past_key_values=reference)
+    expected = greedy(model, inputs, **cache_argument(reference))
     reference.release(model)
     implementation = request.getfixturevalue(implementation)
     model.config._attn_implementation = implementation  # set_attn_implementation looks for kernels of this name
     cache = linked(model, **options)
     assert model.config._attn_implementation == f"merging_{implementation}"
-    output = greedy(model, inputs, past_key_values=cache)
+    output = greedy(model, inputs, **cache_argument(cache))
     for mine, theirs in zip(cache.layers, reference.layers, strict=True):
         assert torch.equal(mine.positions, theirs.positions)
     torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
     # and for another cache what it gave before
-    linked_output = greedy(model, inputs, past_key_values=DynamicCache(config=model.config)).logits
+    linked_output = greedy(model, inputs, **cache_argument(DynamicCache(config=model.config))).logits
     cache.release(model)
     assert model.config._attn_implementation == implementation
-    plain_output = greedy(model, inputs, past_key_values=DynamicCache(config=model.config)).logits
+    plain_output = greedy(model, inputs, **cache_argument(DynamicCache(config=model.config))).logits
     assert torch.equal(torch.stack(linked_output), torch.stack(plain_output))

@@ -179,7 +179,7 @@ def test_a_learned_scorer_is_shared_by_copies_of_a_cache():
     cache = MergingDynamicCache(scorer=Learned(), sink_tokens=0, recent_tokens=0)
     cache.update(torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4), 0)
     twin = copy.deepcopy(cache)
-    assert twin.layers[0]._fold is cache.layers[0]._fold
+    assert twin.layers[0]._shared.fold is cache.layers[0]._shared.fold
 
 
 def test_files_that_hold_no_config(tmp_path):

@@ -33,6 +33,7 @@ from merging_cache.evaluation.ruler import fit
 from merging_cache.evaluation.run import shipped_model
 from merging_cache.evaluation.summary import Difference
 from merging_cache.evaluation.tables import markdown
+from merging_cache.model import cache_argument
 
 SMALL = {
     "tasks": ["niah_multikey_1", "vt", "qa_1"],
@@ -149,9 +150,9 @@ def test_answers_are_those_of_the_model_alone(known):
                 else:
                     cache = MergingDynamicCache(model=model, scorer="snapkv", merger=variant.merger, max_tokens=90)
                 with torch.no_grad():
-                    model(read, past_key_values=cache)
+                    model(read, **cache_argument(cache))
                     options = {"max_new_tokens": example.max_new_tokens, "do_sample": False, "pad_token_id": 0}
-                    output = model.generate(whole, past_key_values=cache, **options)
+                    output = model.generate(whole, **cache_argument(cache), **options)
                 answer = tokenizer.decode(output[0, whole.shape[1] :], skip_special_tokens=True)
                 assert prediction.split(" .")[0] == answer.split(" .")[0]
                 right = [one in prediction for one in example.answers]
@@ -211,8 +212,8 @@ def test_text_is_measured_against_the_full_cache(tmp_path):
             with torch.no_grad():
                 full = model(ids).logits[0, 180 - 22 : -1].log_softmax(-1)
                 cache = DynamicCache(config=model.config) if variant.is_full else variant.make_cache(model)
-                model(ids[:, : 180 - 22], past_key_values=cache)
-                held = model(ids[:, 180 - 22 :], past_key_values=cache).logits[0, :-1].log_softmax(-1)
+                model(ids[:, : 180 - 22], **cache_argument(cache))
+                held = model(ids[:, 180 - 22 :], **cache_argument(cache)).logits[0, :-1].log_softmax(-1)
             expected = -held.gather(1, ids[0, 180 - 22 + 1 :, None]).mean()
             assert loss == pytest.approx(expected.item(), abs=1e-4)
             assert divergence == pytest.approx((full.exp() * (full - held)).sum(-1).mean().item(), abs=1e-4)

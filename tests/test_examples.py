@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from evaluate_needle import accuracy
 from merging_cache import MergingDynamicCache
 from merging_cache.evaluation.needle_words import FILLER, GLUE, NAMES
+from merging_cache.model import cache_argument
 from needle_tasks import Question, held_out, make_context, score
 from quickstart import KINDS, Variant, ask, pick_questions
 
@@ -224,8 +225,8 @@ def test_mergers_are_compared_by_what_one_question_alone_gives(needle, tmp_path)
             encoded = [tokenizer(text.strip(), return_tensors="pt").input_ids for text in encoded]
             logits = []
             for cache in (DynamicCache(config=model.config), variant.make_cache()):
-                model(encoded[0], past_key_values=cache)
-                later = model(torch.cat(encoded[1:], dim=1), past_key_values=cache).logits
+                model(encoded[0], **cache_argument(cache))
+                later = model(torch.cat(encoded[1:], dim=1), **cache_argument(cache)).logits
                 logits.append(later[0, encoded[1].shape[1] - 1 : -1].double().log_softmax(-1))
             divergence = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean().item()
             divergences[question.kind].append(divergence)

@@ -5,7 +5,8 @@ import torch
 
 from architectures import tiny_model
 from merging_cache import MergingDynamicCache, MergingQuantizedCache
-from merging_cache.hybrid import MergingHybridLayer
+from merging_cache.layers import MergingHybridLayer
+from merging_cache.model import cache_argument
 from models import greedy, left_padded, llama, prompt
 
 pytestmark = pytest.mark.core
@@ -15,7 +16,7 @@ OPTIONS = {"scorer": "keydiff", "merger": "similarity", "compression_ratio": 0.5
 def prefilled(model, ids, mask=None, **options):
     cache = MergingDynamicCache(config=model.config, attention_mask=mask, **OPTIONS | options)
     with torch.no_grad():
-        model(ids[:, :-1], attention_mask=None if mask is None else mask[:, :-1], past_key_values=cache)
+        model(ids[:, :-1], attention_mask=None if mask is None else mask[:, :-1], **cache_argument(cache))
     return cache
 
 
@@ -28,8 +29,8 @@ def test_generates_what_the_merging_cache_does(model_type, length):
     )
     cache = prefilled(model, ids)
     fixed = cache.fixed(max_new_tokens=9)
-    output = greedy(model, ids, past_key_values=fixed)
-    expected = greedy(model, ids, past_key_values=cache)
+    output = greedy(model, ids, **cache_argument(fixed))
+    expected = greedy(model, ids, **cache_argument(cache))
     assert torch.equal(output.sequences, expected.sequences)
     torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-5)
     assert int(fixed.get_seq_length()) == cache.get_seq_length()
@@ -40,15 +41,15 @@ def test_padded_rows():
     inputs = left_padded([40, 12, 33])
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     cache = prefilled(model, ids, mask)
-    output = greedy(model, inputs, past_key_values=cache.fixed(9))
-    expected = greedy(model, inputs, past_key_values=cache)
+    output = greedy(model, inputs, **cache_argument(cache.fixed(9)))
+    expected = greedy(model, inputs, **cache_argument(cache))
     torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-5)
 
 
 def test_one_prompt_goes_on_several_times():
     model, ids = llama(), prompt(50)
     cache = prefilled(model, ids)
-    first, second = (greedy(model, ids, past_key_values=cache.fixed(9)).sequences for _ in range(2))
+    first, second = (greedy(model, ids, **cache_argument(cache.fixed(9))).sequences for _ in range(2))
     assert torch.equal(first, second)
     assert cache.get_seq_length() == 49
 
@@ -75,9 +76,9 @@ def test_decoding_compiles_once(model_type, expected_graphs):
     token = expected_token = torch.full((1, 1), ids[0, -1].item())
     with torch.no_grad():
         for step in range(256):
-            logits = compiled(token, past_key_values=fixed).logits[:, -1]
+            logits = compiled(token, **cache_argument(fixed)).logits[:, -1]
             if step < 20:
-                expected = model(expected_token, past_key_values=cache).logits[:, -1]
+                expected = model(expected_token, **cache_argument(cache)).logits[:, -1]
                 torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
                 expected_token = expected.argmax(-1, keepdim=True)
             token = logits.argmax(-1, keepdim=True)
@@ -88,7 +89,7 @@ def test_decoding_compiles_once(model_type, expected_graphs):
 def test_what_only_linked_attention_reads_is_refused(options):
     model, ids = llama(), prompt(50)
     cache = MergingDynamicCache(model=model, **OPTIONS | options)
-    model(ids, past_key_values=cache)
+    model(ids, **cache_argument(cache))
     with pytest.raises(ValueError, match="cannot be fixed"):
         cache.fixed(4)
     cache.release()
@@ -108,7 +109,7 @@ def test_refused():
         with pytest.raises(ValueError, match="goes on with one prompt"):
             change()
     with pytest.raises(ValueError, match=r"goes on with one prompt|not supported with Static cache"):
-        model.generate(ids, past_key_values=fixed, prompt_lookup_num_tokens=2, max_new_tokens=3, pad_token_id=0)
+        model.generate(ids, **cache_argument(fixed), prompt_lookup_num_tokens=2, max_new_tokens=3, pad_token_id=0)
     cache.activate_past_recording()
     with pytest.raises(ValueError, match="records the past"):
         cache.fixed(4)
@@ -120,12 +121,12 @@ def test_a_prompt_that_was_read_is_not_read_again(again):
     model, ids = llama(), prompt(50)
     cache = MergingDynamicCache(config=model.config, **OPTIONS)
     with torch.no_grad():
-        model(ids[:, : 50 - (again > 0)], past_key_values=cache)
+        model(ids[:, : 50 - (again > 0)], **cache_argument(cache))
     fixed = cache.fixed(100)
     if again:
-        model.generate(ids, past_key_values=fixed, max_new_tokens=again, pad_token_id=0)
+        model.generate(ids, **cache_argument(fixed), max_new_tokens=again, pad_token_id=0)
     with pytest.raises(ValueError, match="has already seen"):
-        model.generate(ids, past_key_values=fixed, max_new_tokens=4, pad_token_id=0)
+        model.generate(ids, **cache_argument(fixed), max_new_tokens=4, pad_token_id=0)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
@@ -135,12 +136,12 @@ def test_what_there_is_no_room_for_is_refused(model_type):
     fixed = cache.fixed(3)
     with torch.no_grad():
         for _ in range(3):
-            expected = model(ids[:, :1], past_key_values=fixed).logits
+            expected = model(ids[:, :1], **cache_argument(fixed)).logits
         with pytest.raises(ValueError, match="has room for 0 more tokens, but 1 are to come"):
-            model(ids[:, :1], past_key_values=fixed)
+            model(ids[:, :1], **cache_argument(fixed))
         assert fixed.get_seq_length() == 52
         for _ in range(3):
-            logits = model(ids[:, :1], past_key_values=cache).logits
+            logits = model(ids[:, :1], **cache_argument(cache)).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -156,8 +157,8 @@ def test_made_in_inference_mode_and_written_to_outside():
     model, ids = tiny_model("gemma3_text"), prompt(50)
     with torch.inference_mode():
         cache = MergingDynamicCache(config=model.config, **OPTIONS)
-        model(ids[:, :-1], past_key_values=cache)
+        model(ids[:, :-1], **cache_argument(cache))
         fixed = cache.fixed(9)
-    output = greedy(model, ids, past_key_values=fixed)
-    expected = greedy(model, ids, past_key_values=cache)
+    output = greedy(model, ids, **cache_argument(fixed))
+    expected = greedy(model, ids, **cache_argument(cache))
     assert torch.equal(output.sequences, expected.sequences)

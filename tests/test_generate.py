@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, QuantizedCache
 
+from merging_cache.model import CACHE_ARGUMENT, cache_argument
 from models import CACHES, WINDOW, assert_same_cache, greedy, left_padded, llama, prompt, stored, tiny_model
 
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("ignore:A batch of")]
@@ -18,11 +19,11 @@ folds = pytest.mark.parametrize("fold_at", ["prefill", "decode"])
 
 def by_hand(model, cache, ids, new_tokens):
     """Greedy decoding with plain forwards: the prompt, then token by token. Returns ids and logits `[new, vocab]`."""
-    logits = [model(ids, past_key_values=cache).logits[:, -1]]
+    logits = [model(ids, **cache_argument(cache)).logits[:, -1]]
     out = ids
     for _ in range(new_tokens - 1):
         out = torch.cat([out, logits[-1].argmax(-1, keepdim=True)], 1)
-        logits.append(model(out[:, -1:], past_key_values=cache).logits[:, -1])
+        logits.append(model(out[:, -1:], **cache_argument(cache)).logits[:, -1])
     return torch.cat([out, logits[-1].argmax(-1, keepdim=True)], 1), torch.stack(logits)
 
 
@@ -43,7 +44,7 @@ def test_ratio_zero_is_dynamic_cache_bit_for_bit(attention, options):
     outputs = []
     for cache in (DynamicCache(config=model.config), CACHES["dynamic"](model, compression_ratio=0)):
         torch.manual_seed(3)
-        outputs.append(greedy(model, inputs, past_key_values=cache, **options))
+        outputs.append(greedy(model, inputs, **cache_argument(cache), **options))
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
     for one, other in zip(outputs[0].logits, outputs[1].logits, strict=True):
         assert torch.equal(one, other)
@@ -53,9 +54,9 @@ def test_ratio_zero_is_dynamic_cache_bit_for_bit(attention, options):
 @pytest.mark.parametrize("length", [1, 2, 7, 24])
 def test_a_prompt_within_the_budget_is_bit_for_bit_too(attention, length):
     model, ids = llama(attention), prompt(length)
-    full = greedy(model, ids, past_key_values=DynamicCache(config=model.config))
+    full = greedy(model, ids, **cache_argument(DynamicCache(config=model.config)))
     cache = CACHES["dynamic"](model, max_tokens=24)
-    ours = greedy(model, ids, past_key_values=cache)
+    ours = greedy(model, ids, **cache_argument(cache))
     assert torch.equal(torch.stack(full.logits), torch.stack(ours.logits))
     assert cache.layers[0].num_slots == 0
 
@@ -66,7 +67,7 @@ def test_a_prompt_within_the_budget_is_bit_for_bit_too(attention, length):
 def test_greedy_equals_feeding_by_hand(attention, kind, fold_at):
     model, ids = llama(attention), prompt(LENGTH)
     cache, twin = (CACHES[kind](model, compression_ratio=0.5, fold_at=fold_at) for _ in range(2))
-    output = greedy(model, ids, past_key_values=cache, new_tokens=24)
+    output = greedy(model, ids, **cache_argument(cache), new_tokens=24)
     sequence, logits = by_hand(model, twin, ids, 24)
     assert torch.equal(output.sequences, sequence)
     torch.testing.assert_close(torch.stack(output.logits), logits, rtol=1e-4, atol=1e-4)
@@ -77,9 +78,9 @@ def test_greedy_equals_feeding_by_hand(attention, kind, fold_at):
 @attentions
 def test_prefill_logits_are_those_of_the_full_cache(attention):
     model, ids = llama(attention), prompt(LENGTH)
-    full = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+    full = model(ids, **cache_argument(DynamicCache(config=model.config))).logits
     for kind in CACHES:
-        assert torch.equal(model(ids, past_key_values=CACHES[kind](model, compression_ratio=0.75)).logits, full)
+        assert torch.equal(model(ids, **cache_argument(CACHES[kind](model, compression_ratio=0.75))).logits, full)
 
 
 @attentions
@@ -91,14 +92,16 @@ def test_a_folded_step_equals_masking_the_evicted(attention):
         return torch.rand(states.num_tokens, generator=torch.Generator().manual_seed(1)).expand(states.keys.shape[:3])
 
     cache = CACHES["dynamic"](model, compression_ratio=0.5, merger="drop", scorer=same_in_all_heads)
-    model(ids[:, :-1], past_key_values=cache)
+    model(ids[:, :-1], **cache_argument(cache))
     kept = cache.layers[0].positions[0, 0]
-    folded = model(ids[:, -1:], past_key_values=cache).logits
+    folded = model(ids[:, -1:], **cache_argument(cache)).logits
     mask = torch.zeros(1, LENGTH + 1, dtype=torch.long)
     mask[0, kept], mask[0, -1] = 1, 1
     full = DynamicCache(config=model.config)
-    model(ids[:, :-1], past_key_values=full)
-    masked = model(ids[:, -1:], past_key_values=full, attention_mask=mask, position_ids=torch.tensor([[LENGTH]])).logits
+    model(ids[:, :-1], **cache_argument(full))
+    masked = model(
+        ids[:, -1:], **cache_argument(full), attention_mask=mask, position_ids=torch.tensor([[LENGTH]])
+    ).logits
     torch.testing.assert_close(folded, masked, rtol=1e-4, atol=1e-5)
 
 
@@ -109,13 +112,13 @@ def test_sampling_with_a_seed_is_reproducible(kind):
     for _ in range(2):
         torch.manual_seed(7)
         cache = CACHES[kind](model, compression_ratio=0.5)
-        sequences.append(greedy(model, ids, past_key_values=cache, do_sample=True, new_tokens=16).sequences)
+        sequences.append(greedy(model, ids, **cache_argument(cache), do_sample=True, new_tokens=16).sequences)
     assert torch.equal(*sequences)
     # and each sampled token was drawn from the logits that the cache gives when fed by hand
     twin = CACHES[kind](model, compression_ratio=0.5)
-    model(ids, past_key_values=twin)
+    model(ids, **cache_argument(twin))
     for token in sequences[0][0, LENGTH:-1]:
-        model(token.view(1, 1), past_key_values=twin)
+        model(token.view(1, 1), **cache_argument(twin))
     assert_same_cache(cache, twin, atol=1e-5)
 
 
@@ -127,7 +130,7 @@ def test_several_sequences_equal_a_batch_of_copies(attention, kind):
     for inputs, options in ((ids, {"num_return_sequences": 3}), (ids.repeat(3, 1), {})):
         torch.manual_seed(7)
         cache = CACHES[kind](model, compression_ratio=0.5)
-        outputs.append(greedy(model, inputs, past_key_values=cache, do_sample=True, **options))
+        outputs.append(greedy(model, inputs, **cache_argument(cache), do_sample=True, **options))
     assert torch.equal(outputs[0].sequences, outputs[1].sequences)
 
 
@@ -139,14 +142,14 @@ def test_beams_score_what_their_tokens_score_alone(attention, kind):
     cache = CACHES[kind](model, compression_ratio=0.5)
     # longer than the residual of the quantized caches, so that segments are reordered too
     output = greedy(
-        model, ids, past_key_values=cache, num_beams=4, new_tokens=24, output_scores=True, length_penalty=0.0
+        model, ids, **cache_argument(cache), num_beams=4, new_tokens=24, output_scores=True, length_penalty=0.0
     )
     twin = CACHES[kind](model, compression_ratio=0.5)
-    logits = model(ids, past_key_values=twin).logits[:, -1]
+    logits = model(ids, **cache_argument(twin)).logits[:, -1]
     total = 0.0
     for token in output.sequences[0, LENGTH:]:
         total += logits.log_softmax(-1)[0, token].item()
-        logits = model(token.view(1, 1), past_key_values=twin).logits[:, -1]
+        logits = model(token.view(1, 1), **cache_argument(twin)).logits[:, -1]
     assert output.sequences_scores.item() == pytest.approx(total, abs=1e-3)
 
 
@@ -154,10 +157,10 @@ def test_beams_score_what_their_tokens_score_alone(attention, kind):
 def test_padded_beams_equal_each_prompt_alone(kind):
     model, inputs = llama(), left_padded([LENGTH, 40, 30])
     cache = CACHES[kind](model, max_tokens=20, attention_mask=inputs["attention_mask"])
-    together = greedy(model, inputs, past_key_values=cache, num_beams=3)
+    together = greedy(model, inputs, **cache_argument(cache), num_beams=3)
     for row, length in enumerate((LENGTH, 40, 30)):
         alone = inputs["input_ids"][row : row + 1, LENGTH - length :]
-        one = greedy(model, alone, past_key_values=CACHES[kind](model, max_tokens=20), num_beams=3)
+        one = greedy(model, alone, **cache_argument(CACHES[kind](model, max_tokens=20)), num_beams=3)
         assert torch.equal(together.sequences[row, LENGTH:], one.sequences[0, length:])
 
 
@@ -170,12 +173,12 @@ def test_left_padded_rows_equal_each_row_alone(attention, kind, fold_at, merger,
     model, inputs = llama(attention), left_padded(lengths)
     options = {"scorer": "keydiff", "merger": merger, "fold_at": fold_at}
     cache = CACHES[kind](model, compression_ratio=0.5, attention_mask=inputs["attention_mask"], **options)
-    together = greedy(model, inputs, past_key_values=cache, new_tokens=6)
+    together = greedy(model, inputs, **cache_argument(cache), new_tokens=6)
     logits = torch.stack(together.logits)
     for row, length in enumerate(lengths):
         pads = LENGTH - length
         alone = CACHES[kind](model, max_tokens=24, **options)
-        one = greedy(model, inputs["input_ids"][row : row + 1, pads:], past_key_values=alone, new_tokens=6)
+        one = greedy(model, inputs["input_ids"][row : row + 1, pads:], **cache_argument(alone), new_tokens=6)
         if kind == "dynamic" or length > 24:  # a short row alone is not folded, so it is not quantized either
             torch.testing.assert_close(logits[:, row], torch.stack(one.logits)[:, 0], rtol=1e-4, atol=1e-4)
         for layer, single in zip(cache.folding_layers, alone.folding_layers, strict=True):
@@ -189,7 +192,7 @@ def test_rows_are_wrong_without_the_mask_so_the_tests_above_can_fail():
     model, inputs = llama(), left_padded([48, 20])
     options = {"max_tokens": 24, "scorer": {"name": "random", "seed": 0}}
     outputs = [
-        greedy(model, inputs, past_key_values=CACHES["dynamic"](model, attention_mask=mask, **options))
+        greedy(model, inputs, **cache_argument(CACHES["dynamic"](model, attention_mask=mask, **options)))
         for mask in (inputs["attention_mask"], None)
     ]
     assert (outputs[0].logits[-1][1] - outputs[1].logits[-1][1]).abs().max() > 1e-2
@@ -211,7 +214,7 @@ def test_turns_equal_feeding_by_hand(attention, kind, fold_at, new_ids_only):
             text = torch.cat([text, prompt(11, seed=turn)], 1)
         new = text[:, cache.get_seq_length() :]
         inputs = {"input_ids": new if new_ids_only else text, "attention_mask": torch.ones_like(text)}
-        output = greedy(model, inputs, past_key_values=cache, new_tokens=9)
+        output = greedy(model, inputs, **cache_argument(cache), new_tokens=9)
         sequence, logits = by_hand(model, twin, new, 9)
         torch.testing.assert_close(torch.stack(output.logits), logits, rtol=1e-4, atol=1e-4)
         text = torch.cat([text, sequence[:, -9:]], 1)
@@ -230,9 +233,9 @@ def test_padded_turns_equal_each_row_alone(kind):
         if turn:
             text = torch.cat([text, prompt(9, 2, seed=5)], 1)
             mask = torch.cat([mask, torch.ones(2, text.shape[1] - mask.shape[1], dtype=torch.long)], 1)
-        output = greedy(model, {"input_ids": text, "attention_mask": mask}, past_key_values=cache)
+        output = greedy(model, {"input_ids": text, "attention_mask": mask}, **cache_argument(cache))
         for row, length in enumerate(lengths):
-            one = greedy(model, text[row : row + 1, LENGTH - length :], past_key_values=alone[row])
+            one = greedy(model, text[row : row + 1, LENGTH - length :], **cache_argument(alone[row]))
             torch.testing.assert_close(
                 torch.stack(output.logits)[:, row], torch.stack(one.logits)[:, 0], rtol=1e-4, atol=1e-4
             )
@@ -246,16 +249,16 @@ def test_right_padding_loses_nothing(fold_at):
     mask = torch.ones(2, 40, dtype=torch.long)
     mask[1, 15:] = 0
     cache = CACHES["dynamic"](model, max_tokens=12, attention_mask=mask, fold_at=fold_at)
-    model(ids, attention_mask=mask, past_key_values=cache)
+    model(ids, attention_mask=mask, **cache_argument(cache))
     more = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
     position_ids = torch.tensor([[40], [15]])
-    step = model(prompt(1, 2), attention_mask=more, position_ids=position_ids, past_key_values=cache).logits
+    step = model(prompt(1, 2), attention_mask=more, position_ids=position_ids, **cache_argument(cache)).logits
     real = [mask[row].bool()[cache.layers[0].positions[row, 0, :-1]] for row in range(2)]
     assert int(real[0].sum()) >= 12
     assert int(real[1].sum()) == 12
     alone = CACHES["dynamic"](model, max_tokens=12)
-    model(ids[1:, :15], past_key_values=alone)
-    expected = model(prompt(1, 2)[1:], past_key_values=alone).logits
+    model(ids[1:, :15], **cache_argument(alone))
+    expected = model(prompt(1, 2)[1:], **cache_argument(alone)).logits
     torch.testing.assert_close(step[1:], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -270,12 +273,15 @@ def test_padding_between_turns_is_never_attended():
         text[mask == 0] = filler
         cache = CACHES["dynamic"](model, max_tokens=18, attention_mask=first["attention_mask"])
         position_ids = (mask.cumsum(1) - 1).clamp_min(0)
-        model(text[:, :30], attention_mask=mask[:, :30], position_ids=position_ids[:, :30], past_key_values=cache)
+        model(text[:, :30], attention_mask=mask[:, :30], position_ids=position_ids[:, :30], **cache_argument(cache))
         cache.attention_mask = mask
-        model(text[:, 30:], attention_mask=mask, position_ids=position_ids[:, 30:], past_key_values=cache)
+        model(text[:, 30:], attention_mask=mask, position_ids=position_ids[:, 30:], **cache_argument(cache))
         more = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
         step = model(
-            torch.tensor([[7], [8]]), attention_mask=more, position_ids=position_ids[:, -1:] + 1, past_key_values=cache
+            torch.tensor([[7], [8]]),
+            attention_mask=more,
+            position_ids=position_ids[:, -1:] + 1,
+            **cache_argument(cache),
         )
         logits.append(step.logits)
         for layer in cache.layers:
@@ -293,10 +299,10 @@ def test_blocks_on_a_folded_cache_equal_single_tokens(attention, kind, block):
     model, ids, more = llama(attention), prompt(LENGTH), prompt(10, seed=3)
     cache, twin = (CACHES[kind](model, compression_ratio=0.5, fold_at="decode") for _ in range(2))
     for each in (cache, twin):
-        model(ids[:, :-1], past_key_values=each)
-        model(ids[:, -1:], past_key_values=each)  # folds; then nothing more before another single token
-    blocks = [model(piece, past_key_values=cache).logits for piece in more.split(block, 1)]
-    tokens = [model(token, past_key_values=twin).logits for token in more.split(1, 1)]
+        model(ids[:, :-1], **cache_argument(each))
+        model(ids[:, -1:], **cache_argument(each))  # folds; then nothing more before another single token
+    blocks = [model(piece, **cache_argument(cache)).logits for piece in more.split(block, 1)]
+    tokens = [model(token, **cache_argument(twin)).logits for token in more.split(1, 1)]
     torch.testing.assert_close(torch.cat(blocks, 1), torch.cat(tokens, 1), rtol=1e-4, atol=1e-4)
     if kind == "dynamic" and block > 1:  # others quantize the tail, or a single token would have folded the blocks
         assert_same_cache(cache, twin, atol=1e-5)
@@ -307,9 +313,9 @@ def test_a_block_that_is_folded_sees_itself_in_full(kind):
     model, ids, more = llama(), prompt(LENGTH), prompt(10, seed=3)
     cache, twin = (CACHES[kind](model, compression_ratio=0.5) for _ in range(2))
     for each in (cache, twin):
-        model(ids, past_key_values=each)
-    block = model(more, past_key_values=cache).logits
-    tokens = torch.cat([model(token, past_key_values=twin).logits for token in more.split(1, 1)], 1)
+        model(ids, **cache_argument(each))
+    block = model(more, **cache_argument(cache)).logits
+    tokens = torch.cat([model(token, **cache_argument(twin)).logits for token in more.split(1, 1)], 1)
     torch.testing.assert_close(block, tokens, rtol=1e-4, atol=1e-4)
     assert [layer.num_stored for layer in cache.layers] == [29, 29]
     assert [layer.num_stored for layer in twin.layers] == [34, 34]
@@ -324,8 +330,8 @@ def test_a_block_that_is_folded_sees_itself_in_full(kind):
 def test_chunks_folded_at_decode_equal_one_piece(attention, kind, chunk):
     model, ids = llama(attention), prompt(LENGTH)
     cache, whole = (CACHES[kind](model, compression_ratio=0.5, fold_at="decode") for _ in range(2))
-    chunked = greedy(model, ids, past_key_values=cache, prefill_chunk_size=chunk)
-    one = greedy(model, ids, past_key_values=whole)
+    chunked = greedy(model, ids, **cache_argument(cache), prefill_chunk_size=chunk)
+    one = greedy(model, ids, **cache_argument(whole))
     torch.testing.assert_close(torch.stack(chunked.logits), torch.stack(one.logits), rtol=1e-4, atol=1e-4)
     assert_same_cache(cache, whole, atol=1e-5)
 
@@ -333,7 +339,7 @@ def test_chunks_folded_at_decode_equal_one_piece(attention, kind, chunk):
 def test_a_last_chunk_of_one_token_folds_one_token_early():
     model, ids = llama(), prompt(LENGTH + 1)
     cache = CACHES["dynamic"](model, compression_ratio=0.5, fold_at="decode")
-    greedy(model, ids, past_key_values=cache, prefill_chunk_size=LENGTH, new_tokens=1)
+    greedy(model, ids, **cache_argument(cache), prefill_chunk_size=LENGTH, new_tokens=1)
     assert cache.layers[0].num_slots == 24
     assert cache.layers[0].num_stored == 25
 
@@ -344,9 +350,9 @@ def test_a_last_chunk_of_one_token_folds_one_token_early():
 def test_chunks_folded_at_prefill_stream_in_bounded_memory(attention, kind, chunk):
     model, ids = llama(attention), prompt(LENGTH)
     cache, twin = (CACHES[kind](model, max_tokens=12) for _ in range(2))
-    output = greedy(model, ids, past_key_values=cache, prefill_chunk_size=chunk, new_tokens=1)
+    output = greedy(model, ids, **cache_argument(cache), prefill_chunk_size=chunk, new_tokens=1)
     for piece in ids.split(chunk, 1):
-        logits = model(piece, past_key_values=twin).logits[:, -1]
+        logits = model(piece, **cache_argument(twin)).logits[:, -1]
         if piece.shape[1] > 1:
             assert max(layer.num_stored for layer in twin.layers) <= max(12, chunk)
     torch.testing.assert_close(output.logits[0], logits, rtol=1e-4, atol=1e-4)
@@ -379,7 +385,7 @@ def assisted(model, ids, cache, **options):
 
     cache.crop = watched
     # an end token that never comes: prompt lookup asks for one
-    output = greedy(model, ids, past_key_values=cache, eos_token_id=[1], **options)
+    output = greedy(model, ids, **cache_argument(cache), eos_token_id=[1], **options)
     del cache.crop
     return output, seen
 
@@ -388,7 +394,7 @@ def assisted(model, ids, cache, **options):
 @pytest.mark.parametrize("draft", ["prompt lookup", "assistant"])
 def test_drafts_without_folding_equal_greedy(attention, draft):
     model, ids = llama(attention), repetitive()
-    plain = greedy(model, ids, past_key_values=DynamicCache(config=model.config), new_tokens=16)
+    plain = greedy(model, ids, **cache_argument(DynamicCache(config=model.config)), new_tokens=16)
     cache = CACHES["dynamic"](model, compression_ratio=0)
     output, _ = assisted(model, ids, cache, new_tokens=16, **drafting(draft))
     assert torch.equal(output.sequences, plain.sequences)
@@ -403,15 +409,15 @@ def test_rejected_drafts_leave_no_trace(attention, kind, fold_at, draft):
     cache, twin = (CACHES[kind](model, compression_ratio=0.5, fold_at=fold_at) for _ in range(2))
     output, seen = assisted(model, ids, cache, new_tokens=16, **drafting(draft))
     # the first verification saw the prompt unfolded, as greedy decoding with the full cache does
-    full = greedy(model, ids, past_key_values=DynamicCache(config=model.config), new_tokens=1)
+    full = greedy(model, ids, **cache_argument(DynamicCache(config=model.config)), new_tokens=1)
     torch.testing.assert_close(output.logits[0], full.logits[0], rtol=1e-4, atol=1e-5)
     # by hand: the tokens accepted by the first verification in one pass, folded there, then one by one
     accepted = output.sequences[:, : cache.get_seq_length()]
     twin.activate_past_recording()
-    model(accepted[:, : seen[0]], past_key_values=twin)
+    model(accepted[:, : seen[0]], **cache_argument(twin))
     twin.crop(0)
     for token in accepted[:, seen[0] :].split(1, 1):
-        model(token, past_key_values=twin)
+        model(token, **cache_argument(twin))
         twin.crop(0)
     assert cache.layers[0].num_slots == int(seen[0] * 0.5)
     if kind == "dynamic":
@@ -438,15 +444,15 @@ def test_a_second_assisted_turn_folds_again():
 def test_compress_once_ask_many(kind):
     model, context = llama(), prompt(LENGTH)
     cache = CACHES[kind](model, compression_ratio=0.5)
-    model(context, past_key_values=cache)
+    model(context, **cache_argument(cache))
     for seed in range(3):
         text = torch.cat([context, prompt(6, seed=seed)], 1)
-        answer = greedy(model, text, past_key_values=copy.deepcopy(cache))
+        answer = greedy(model, text, **cache_argument(copy.deepcopy(cache)))
         fresh = CACHES[kind](model, compression_ratio=0.5)
-        model(context, past_key_values=fresh)
+        model(context, **cache_argument(fresh))
         torch.testing.assert_close(
             torch.stack(answer.logits),
-            torch.stack(greedy(model, text, past_key_values=fresh).logits),
+            torch.stack(greedy(model, text, **cache_argument(fresh)).logits),
             rtol=1e-4,
             atol=1e-5,
         )
@@ -458,11 +464,11 @@ def test_one_context_many_questions_in_a_batch(kind):
     model, context = llama(), prompt(LENGTH)
     questions = prompt(6, 3, seed=4)
     cache = CACHES[kind](model, compression_ratio=0.5)
-    model(context, past_key_values=cache)
+    model(context, **cache_argument(cache))
     single = copy.deepcopy(cache)
     cache.batch_repeat_interleave(3)
-    together = greedy(model, torch.cat([context.repeat(3, 1), questions], 1), past_key_values=cache)
-    one = greedy(model, torch.cat([context, questions[1:2]], 1), past_key_values=single)
+    together = greedy(model, torch.cat([context.repeat(3, 1), questions], 1), **cache_argument(cache))
+    one = greedy(model, torch.cat([context, questions[1:2]], 1), **cache_argument(single))
     torch.testing.assert_close(torch.stack(together.logits)[:, 1], torch.stack(one.logits)[:, 0], rtol=1e-4, atol=1e-4)
     cache.batch_select_indices(torch.tensor([1]))
     assert_same_cache(cache, single, atol=1e-4)
@@ -472,9 +478,9 @@ def test_one_context_many_questions_in_a_batch(kind):
 def test_reset_makes_it_new(kind):
     model, ids = llama(), prompt(LENGTH)
     cache = CACHES[kind](model, compression_ratio=0.5)
-    first = greedy(model, ids, past_key_values=cache)
+    first = greedy(model, ids, **cache_argument(cache))
     cache.reset()
-    second = greedy(model, ids, past_key_values=cache)
+    second = greedy(model, ids, **cache_argument(cache))
     assert torch.equal(torch.stack(first.logits), torch.stack(second.logits))
 
 
@@ -483,14 +489,14 @@ def test_reset_makes_it_new(kind):
 def test_crop_takes_back_generated_tokens(attention, kind):
     model, ids = llama(attention), prompt(LENGTH)
     cache = CACHES[kind](model, compression_ratio=0.5)
-    output = greedy(model, ids, past_key_values=cache, new_tokens=20)
+    output = greedy(model, ids, **cache_argument(cache), new_tokens=20)
     cache.crop(LENGTH + 3 - cache.get_seq_length())
     twin = CACHES[kind](model, compression_ratio=0.5)
-    greedy(model, ids, past_key_values=twin, new_tokens=4)
+    greedy(model, ids, **cache_argument(twin), new_tokens=4)
     next_token = output.sequences[:, LENGTH + 3 : LENGTH + 4]
     torch.testing.assert_close(
-        model(next_token, past_key_values=cache).logits,
-        model(next_token, past_key_values=twin).logits,
+        model(next_token, **cache_argument(cache)).logits,
+        model(next_token, **cache_argument(twin)).logits,
         # cropped tokens had been quantized in the one, were still exact in the other
         **({"rtol": 1e-4, "atol": 1e-5} if kind == "dynamic" else {"rtol": 0.2, "atol": 1.5}),
     )
@@ -501,7 +507,7 @@ def test_crop_takes_back_generated_tokens(attention, kind):
 def test_inputs_embeds(attention, kind):
     model, ids = llama(attention), prompt(LENGTH)
     outputs = [
-        greedy(model, inputs, past_key_values=CACHES[kind](model, compression_ratio=0.5))
+        greedy(model, inputs, **cache_argument(CACHES[kind](model, compression_ratio=0.5)))
         for inputs in ({"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids).detach()})
     ]
     assert torch.equal(torch.stack(outputs[0].logits), torch.stack(outputs[1].logits))
@@ -514,7 +520,7 @@ def test_short_prompts(attention, kind, length):
     """Of one token, and not longer than sinks and recent window (2 + 6) together."""
     model, ids = llama(attention), prompt(length)
     cache, twin = (CACHES[kind](model, compression_ratio=0.5) for _ in range(2))
-    output = greedy(model, ids, past_key_values=cache)
+    output = greedy(model, ids, **cache_argument(cache))
     sequence, logits = by_hand(model, twin, ids, 8)
     assert torch.equal(output.sequences, sequence)
     torch.testing.assert_close(torch.stack(output.logits), logits, rtol=1e-4, atol=1e-4)
@@ -525,11 +531,11 @@ def test_short_prompts(attention, kind, length):
 def test_a_prompt_no_longer_than_the_cache_is_refused(length):
     model, ids = llama(), prompt(LENGTH)
     cache = CACHES["dynamic"](model, compression_ratio=0.5)
-    greedy(model, ids, past_key_values=cache)
+    greedy(model, ids, **cache_argument(cache))
     with pytest.raises(ValueError, match=rf"prompt has {length} tokens, but this cache has already seen {LENGTH + 7}"):
-        greedy(model, prompt(length), past_key_values=cache)
+        greedy(model, prompt(length), **cache_argument(cache))
     with pytest.raises(ValueError, match="already seen"):
-        greedy(model, {"inputs_embeds": torch.zeros(1, length, 64)}, past_key_values=cache)
+        greedy(model, {"inputs_embeds": torch.zeros(1, length, 64)}, **cache_argument(cache))
     # arithmetic that people do themselves is left alone
     cache.crop(LENGTH - cache.get_seq_length())
     assert cache.get_seq_length() == LENGTH
@@ -540,20 +546,20 @@ def test_a_prompt_no_longer_than_the_cache_is_refused(length):
 def test_another_batch_is_refused():
     model = llama()
     cache = CACHES["dynamic"](model, compression_ratio=0.5)
-    greedy(model, prompt(LENGTH), past_key_values=cache)
+    greedy(model, prompt(LENGTH), **cache_argument(cache))
     with pytest.raises(ValueError, match="holds a batch of 1 rows, but got 2"):
-        model(prompt(3, 2), past_key_values=cache)
+        model(prompt(3, 2), **cache_argument(cache))
 
 
 def test_without_a_config_every_layer_folds():
     from merging_cache import MergingDynamicCache
 
     model, ids = llama(), prompt(LENGTH)
-    with_config = greedy(model, ids, past_key_values=CACHES["dynamic"](model, compression_ratio=0.5))
+    with_config = greedy(model, ids, **cache_argument(CACHES["dynamic"](model, compression_ratio=0.5)))
     with pytest.warns(UserWarning, match="MergingDynamicCache was given neither config=model.config nor model=model"):
         cache = MergingDynamicCache(compression_ratio=0.5, **WINDOW)
-    without = greedy(model, ids, past_key_values=cache)
-    assert_same_cache(with_config.past_key_values, cache, rtol=1e-4, atol=1e-5)
+    without = greedy(model, ids, **cache_argument(cache))
+    assert_same_cache(getattr(with_config, CACHE_ARGUMENT), cache, rtol=1e-4, atol=1e-5)
     # with the config the cache knows that masks make attention faster, which adds in another order
     torch.testing.assert_close(torch.stack(with_config.logits), torch.stack(without.logits), rtol=1e-4, atol=1e-5)
 
@@ -564,7 +570,7 @@ def test_two_threads_on_one_model():
     model, prompts = llama(), [prompt(LENGTH, seed=seed) for seed in range(4)]
 
     def run(ids):
-        return greedy(model, ids, past_key_values=CACHES["dynamic"](model, compression_ratio=0.5)).sequences
+        return greedy(model, ids, **cache_argument(CACHES["dynamic"](model, compression_ratio=0.5))).sequences
 
     alone = [run(ids) for ids in prompts]
     with ThreadPoolExecutor(4) as pool:
@@ -574,12 +580,12 @@ def test_two_threads_on_one_model():
 
 def test_without_folding_a_quantized_cache_is_as_close_as_transformers_own():
     model, ids = llama(), prompt(LENGTH)
-    full = torch.stack(greedy(model, ids, past_key_values=DynamicCache(config=model.config), new_tokens=2).logits)
+    full = torch.stack(greedy(model, ids, **cache_argument(DynamicCache(config=model.config)), new_tokens=2).logits)
     errors = []
     for cache in (
         QuantizedCache("quanto", config=model.config, nbits=4, q_group_size=16),
         CACHES["quanto"](model, compression_ratio=0, nbits=4),
     ):
-        logits = torch.stack(greedy(model, ids, past_key_values=cache, new_tokens=2).logits)
+        logits = torch.stack(greedy(model, ids, **cache_argument(cache), new_tokens=2).logits)
         errors.append((logits[1] - full[1]).norm().item())
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)

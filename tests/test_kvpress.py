@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from merging_cache import MergingDynamicCache
+from merging_cache.model import cache_argument
 from models import VOCABULARY, llama
 
 kvpress = pytest.importorskip("kvpress", reason="kvpress is not installed")
@@ -55,8 +56,8 @@ def left_by_press(model, press, ids):
     cache, full = DynamicCache(config=model.config), DynamicCache(config=model.config)
     with press(model):
         # hooks of kvpress 0.5 look for an argument that transformers no longer passes by itself
-        model(ids, past_key_values=cache, cache_position=torch.arange(ids.shape[1]))
-    model(ids, past_key_values=full)
+        model(ids, **cache_argument(cache), cache_position=torch.arange(ids.shape[1]))
+    model(ids, **cache_argument(full))
     left = []
     for mine, whole in zip(cache.layers, full.layers, strict=True):
         same = (mine.keys.unsqueeze(3) == whole.keys.unsqueeze(2)).all(dim=-1)  # [B, H, K, L]
@@ -70,7 +71,7 @@ def left_by_press(model, press, ids):
 def left_by_cache(model, scorer, ids, ratio, merger="drop"):
     options = {"sink_tokens": 0, "recent_tokens": 0, "compression_ratio": ratio, "budget": "uniform"}
     cache = MergingDynamicCache(model=model, scorer=scorer, merger=merger, **options)
-    model(ids, past_key_values=cache)
+    model(ids, **cache_argument(cache))
     cache.release(model)
     return [(layer.positions, layer.values) for layer in cache.layers]
 

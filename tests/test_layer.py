@@ -60,7 +60,7 @@ def test_stored_tensors_own_their_memory():
     cache = MergingDynamicCache(compression_ratio=0.5, recent_tokens=2)
     keys, values = coded(0, 64)
     cache.update(keys, values, 0)
-    storage = cache.layers[0]._storage
+    storage = cache.layers[0].storage
     for tensor in (storage._keys, storage._values):
         assert tensor.untyped_storage().nbytes() == 1 * 2 * 32 * 4 * 4
     before = cache.layers[0].values.clone()
@@ -88,7 +88,7 @@ def test_appending_does_not_copy_the_cache():
     buffers = []
     for position in range(200, 500):
         feed(cache, position, 1)
-        buffers.append(cache.layers[0]._storage._keys)
+        buffers.append(cache.layers[0].storage._keys)
     copies = sum(one is not other for one, other in itertools.pairwise(buffers))
     assert 1.0625**copies <= 4.0  # from 100 tokens to 400, each time a sixteenth more
 

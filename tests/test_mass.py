@@ -24,6 +24,7 @@ from merging_cache.mergers import (
 )
 from merging_cache.mergers import reference as by_reference
 from merging_cache.mergers.queries import StratifiedQueries
+from merging_cache.model import cache_argument
 from merging_cache.states import ReferenceQueries, top_tokens
 from models import WINDOW, greedy, left_padded, llama, prompt
 
@@ -93,8 +94,8 @@ def test_equal_tokens_cost_nothing_in_a_model_without_positions(attention):
     options = {"scorer": FirstOfEach(), "merger": "count", "max_tokens": 9, "sink_tokens": 0, "recent_tokens": 0}
     cache, full = MergingDynamicCache(model=model, **options), DynamicCache(config=model.config)
     for piece in (ids, prompt(1, 2), prompt(1, 2, seed=1)):
-        given = model(piece, past_key_values=cache).logits
-        torch.testing.assert_close(given, model(piece, past_key_values=full).logits, rtol=0, atol=1e-5)
+        given = model(piece, **cache_argument(cache)).logits
+        torch.testing.assert_close(given, model(piece, **cache_argument(full)).logits, rtol=0, atol=1e-5)
     assert cache.layers[0].num_slots == 9
     assert full.layers[0].keys.shape[2] == 62
 
@@ -268,9 +269,9 @@ def test_nothing_to_evict_changes_nothing(merger):
 def test_mass_needs_the_model(merger):
     model = llama()
     cache = MergingDynamicCache(config=model.config, merger=merger, **WINDOW)
-    model(prompt(40), past_key_values=cache)
+    model(prompt(40), **cache_argument(cache))
     with pytest.raises(ValueError, match=r"\w+Merger must see the attention of Llama"):
-        model(prompt(1), past_key_values=cache)
+        model(prompt(1), **cache_argument(cache))
 
 
 @torch.no_grad()
@@ -279,7 +280,7 @@ def test_half_precision_rounds_no_more_than_the_mask(dtype, monkeypatch):
     """The output of a step is off by the rounding of the mask, and by what the same kernel is off without mass."""
     model = llama().to(dtype)
     cache = MergingDynamicCache(model=model, merger="count", scorer="keydiff", **WINDOW)
-    model(prompt(60), past_key_values=cache)
+    model(prompt(60), **cache_argument(cache))
     layer = cache.layers[0]
     assert layer.log_mass.dtype == torch.float32
     seen = layer.log_mass.exp().sum(-1) + layer.num_dropped
@@ -295,7 +296,7 @@ def test_half_precision_rounds_no_more_than_the_mask(dtype, monkeypatch):
         return result, None
 
     monkeypatch.setattr(attention, "_run", recorded)
-    model(prompt(1), past_key_values=cache)
+    model(prompt(1), **cache_argument(cache))
     query, key, value, result, without = steps[0]
     grouped_query = query.unflatten(1, (2, -1))
 
@@ -464,9 +465,9 @@ def test_residual_slots_remember_their_own_tokens():
     model, ids = llama(), prompt(60)
     options = {"model": model, "scorer": "observed_attention", **WINDOW}
     whole = MergingDynamicCache(fold_at="decode", **options)
-    model(ids, past_key_values=whole)
+    model(ids, **cache_argument(whole))
     folded = MergingDynamicCache(merger="residual", **options)
-    model(ids, past_key_values=folded)
+    model(ids, **cache_argument(folded))
     before, after = (cache.layers[0]._observed.statistics.tokens for cache in (whole, folded))
     torch.testing.assert_close(after, before.gather(2, folded.layers[0].positions.unsqueeze(-1).expand_as(after)))
     assert folded.layers[0].log_mass.any()
@@ -489,13 +490,13 @@ def test_stratified_queries_do_not_depend_on_chunks(chunk):
 
     cache = MergingDynamicCache(model=model, merger=Spy(queries=source), fold_at="decode", **WINDOW)
     for piece in ids.split(chunk or 100, dim=1):
-        model(piece, past_key_values=cache)
+        model(piece, **cache_argument(cache))
         for layer in cache.layers:
             buffer, where, total = layer._observed.remembered["merger"].queries
             assert buffer.shape[2] == where.shape[2] == 12
     assert (total == 100).all()
     kept, where, _ = cache.layers[0]._observed.remembered["merger"].queries
-    model(prompt(1), past_key_values=cache)
+    model(prompt(1), **cache_argument(cache))
     expected = list(range(7, 100, 8))
     assert where[0, 0, : len(expected)].tolist() == [[position, position + 1] for position in expected]
     assert not where[0, 0, len(expected) :].any()
@@ -510,7 +511,7 @@ def test_stratified_queries_do_not_depend_on_chunks(chunk):
     buffer, where, _ = cache.layers[0]._observed.remembered["merger"].queries
     torch.testing.assert_close(buffer[:, :, 0], kept[:, :, 7])
     assert where[0, 0].tolist() == [[63, 64]]
-    model(prompt(30), past_key_values=cache)
+    model(prompt(30), **cache_argument(cache))
     _, where, total = cache.layers[0]._observed.remembered["merger"].queries
     assert where[0, 0].tolist() == [[63, 64], [112, 112], [128, 128]] + [[0, 0]] * 9
     assert (total == 130).all()
@@ -523,8 +524,8 @@ def test_rows_whose_first_chunk_is_padding(merger, fold_at):
     model, inputs = llama(), left_padded([60, 30])
     options = {"model": model, "merger": merger, "max_tokens": 20, "fold_at": fold_at, **WINDOW}
     together, alone = MergingDynamicCache(**options), MergingDynamicCache(**options)
-    mine = greedy(model, inputs, 3, past_key_values=together, prefill_chunk_size=15)
-    theirs = greedy(model, inputs["input_ids"][1:, 30:], 3, past_key_values=alone, prefill_chunk_size=15)
+    mine = greedy(model, inputs, 3, **cache_argument(together), prefill_chunk_size=15)
+    theirs = greedy(model, inputs["input_ids"][1:, 30:], 3, **cache_argument(alone), prefill_chunk_size=15)
     torch.testing.assert_close(torch.stack(mine.logits)[:, 1:], torch.stack(theirs.logits), rtol=1e-3, atol=1e-2)
 
 
@@ -535,12 +536,12 @@ def test_turns_after_long_answers_still_have_reference_queries(merger):
     model = llama(layers=1)
     cache = MergingDynamicCache(model=model, merger=merger)
     for turn, count in enumerate([5, 2, 30, 1, 3, 30, 30]):
-        model(prompt(count, seed=turn), past_key_values=cache)
+        model(prompt(count, seed=turn), **cache_argument(cache))
         _, where, total = cache.layers[0]._observed.remembered["merger"].queries
         kept = where[0, 0, :, 1]
         assert (kept > 0).sum() >= min(8, total[0, 0, 0])
         for _ in range(40):
-            model(prompt(1), past_key_values=cache)
+            model(prompt(1), **cache_argument(cache))
     assert cache.layers[0].positions.shape[2] < cache.get_seq_length()
 
 
@@ -563,7 +564,7 @@ def test_slots_and_merged_and_dropped_are_all_tokens(merger):
     model = llama()
     cache = MergingDynamicCache(model=model, merger=merger, max_tokens=32, recent_tokens=6)
     for piece in prompt(400).split(50, dim=1):
-        model(piece, past_key_values=cache)
+        model(piece, **cache_argument(cache))
     for layer in cache.layers:
         assert (layer.num_merged + layer.num_dropped + 32 == 400).all()
         assert (layer.num_merged >= 0).all()
@@ -580,13 +581,13 @@ def test_without_a_rotary_embedding_the_last_queries_are_kept(chunk):
     source = {"name": "stratified", "count": 16}
     cache = MergingDynamicCache(model=model, merger={"name": "mass", "queries": source}, fold_at="decode", **WINDOW)
     for piece in ids.split(chunk or 90, dim=1):
-        model(piece, past_key_values=cache)
+        model(piece, **cache_argument(cache))
     order = cache.layers[0]._observed.remembered["merger"].queries[1][0, 0, :, 1]
     assert order[order > 0].tolist() == list(range(75, 91))
     pickled = pickle.loads(pickle.dumps(cache))  # no rotary embedding is lost with it
     with merging_attention(model):
-        expected = model(prompt(1), past_key_values=cache).logits
-        assert torch.equal(model(prompt(1), past_key_values=pickled).logits, expected)
+        expected = model(prompt(1), **cache_argument(cache)).logits
+        assert torch.equal(model(prompt(1), **cache_argument(pickled)).logits, expected)
 
 
 @torch.no_grad()
@@ -595,7 +596,7 @@ def test_without_a_rotary_embedding_some_queries_are_left_after_the_fold(total):
     model = tiny_model("gpt2")
     source = {"name": "stratified", "count": 16}
     cache = MergingDynamicCache(model=model, merger={"name": "mass", "queries": source}, **WINDOW)
-    model(prompt(total), past_key_values=cache)
+    model(prompt(total), **cache_argument(cache))
     order = cache.layers[0]._observed.remembered["merger"].queries[1][0, 0, :, 1]
     assert 2 <= (order > 0).sum() <= 4
     assert order[order > 0].min() > total - 16
@@ -617,11 +618,11 @@ def test_rows_that_are_padding_for_several_chunks(options):
     inputs = left_padded([90, 25])
     options = {"model": model, "max_tokens": 12, **WINDOW} | options
     together, alone = MergingDynamicCache(**options), MergingDynamicCache(**options)
-    mine = greedy(model, inputs, 3, past_key_values=together, prefill_chunk_size=15)
+    mine = greedy(model, inputs, 3, **cache_argument(together), prefill_chunk_size=15)
     # the chunks that the row sees of its own: its first five tokens end one
     first, rest = inputs["input_ids"][1:, 65:75], inputs["input_ids"][1:, 75:]
-    model(first, past_key_values=alone)
-    theirs = greedy(model, torch.cat([first, rest], dim=1), 3, past_key_values=alone)
+    model(first, **cache_argument(alone))
+    theirs = greedy(model, torch.cat([first, rest], dim=1), 3, **cache_argument(alone))
     torch.testing.assert_close(torch.stack(mine.logits)[:, 1:], torch.stack(theirs.logits), rtol=1e-3, atol=1e-2)
 
 
@@ -631,7 +632,7 @@ def test_a_streamed_prompt_keeps_queries_from_all_over_it(chunk):
     model = llama(layers=1)
     cache = MergingDynamicCache(model=model, max_tokens=48, **WINDOW)
     for piece in prompt(1500).split(chunk, dim=1):
-        model(piece, past_key_values=cache)
+        model(piece, **cache_argument(cache))
     _, where, total = cache.layers[0]._observed.remembered["merger"].queries
     assert (total == 1500).all()
     assert where[0, 0].tolist() == [[i - 1, i] for i in range(128, 1501, 128)]
@@ -649,8 +650,8 @@ def test_rows_with_different_histories_keep_their_own_queries(merger):
         mask = torch.cat([mask, inputs["attention_mask"]], dim=1)
         new = inputs["input_ids"].shape[1]
         positions = (mask.cumsum(1) - 1)[:, -new:].clamp_min(0)
-        mine = model(inputs["input_ids"], attention_mask=mask, position_ids=positions, past_key_values=together)
-        theirs = model(inputs["input_ids"][1:, new - lengths[1] :], past_key_values=alone)
+        mine = model(inputs["input_ids"], attention_mask=mask, position_ids=positions, **cache_argument(together))
+        theirs = model(inputs["input_ids"][1:, new - lengths[1] :], **cache_argument(alone))
         torch.testing.assert_close(mine.logits[1, -1], theirs.logits[0, -1], rtol=1e-3, atol=1e-4)
 
 
@@ -659,19 +660,19 @@ def test_rows_with_different_histories_keep_their_own_queries(merger):
 def test_a_prompt_that_waits_for_its_fold_keeps_its_module(how):
     model = llama()
     cache = MergingDynamicCache(model=model, fold_at="decode", **WINDOW)
-    model(prompt(60), past_key_values=cache)
+    model(prompt(60), **cache_argument(cache))
     other = pickle.loads(pickle.dumps(cache)) if how == "pickled" else cache
     if how == "released":
         cache.release()
     with merging_attention(model), pytest.raises(ValueError, match=r"was pickled or released since, and MassMerger"):
-        model(prompt(1), past_key_values=other)
+        model(prompt(1), **cache_argument(other))
     assert other.get_seq_length() == 60
 
 
 def test_without_a_rotary_embedding_the_last_queries_are_asked():
     model = tiny_model("gpt2")
     cache = MergingDynamicCache(model=model, merger={"name": "mass", "queries": {"name": "stratified", "count": 5}})
-    model(prompt(80), past_key_values=cache)
+    model(prompt(80), **cache_argument(cache))
     assert cache.layers[0].log_mass is not None
     states = some_states(9, asked=9)  # nor where nothing was observed
     assert torch.equal(StratifiedQueries(count=4).reference(states).queries, states.queries[:, :, -4:])
@@ -752,7 +753,7 @@ def test_wrapping_mergers_ask_for_what_the_wrapped_need():
     model, asking = llama(), Asking()
     for merger in (RefitMerger(merger=asking), ValidatedMerger(mergers=[asking])):
         asking.shown = None
-        model(prompt(60), past_key_values=MergingDynamicCache(model=model, merger=merger, **WINDOW))
+        model(prompt(60), **cache_argument(MergingDynamicCache(model=model, merger=merger, **WINDOW)))
         assert asking.shown == 16
     with pytest.raises(ValueError, match="Remembering observes the prompt, which a merger inside RefitMerger cannot"):
         RefitMerger(merger=Remembering())

@@ -12,6 +12,7 @@ from transformers import (
 
 from architectures import tiny_config
 from merging_cache import MergingDynamicCache, MergingQuantizedCache
+from merging_cache.model import cache_argument
 from models import CACHES, WINDOW, greedy, prompt, tiny_model
 
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("ignore")]
@@ -38,15 +39,15 @@ def build(family, attention="sdpa"):
 def keeps_its_own_cache(family, model):
     """Before transformers 5.5, hybrids of linear attention bring a cache class of their own."""
     try:
-        model(prompt(4), past_key_values=DynamicCache(config=model.config))
+        model(prompt(4), **cache_argument(DynamicCache(config=model.config)))
     except Exception:
         return True
     return False
 
 
 def run_by_hand(model, cache, ids, continuation):
-    logits = [model(ids, past_key_values=cache).logits[:, -1]]
-    logits += [model(token, past_key_values=cache).logits[:, -1] for token in continuation.split(1, 1)]
+    logits = [model(ids, **cache_argument(cache)).logits[:, -1]]
+    logits += [model(token, **cache_argument(cache)).logits[:, -1] for token in continuation.split(1, 1)]
     return torch.stack(logits)
 
 
@@ -56,8 +57,8 @@ def test_ratio_zero_is_bit_exact(family, attention):
     model, ids = build(family, attention), prompt(LENGTH)
     if keeps_its_own_cache(family, model):
         pytest.skip("this transformers gives the family a cache of its own")
-    one = greedy(model, ids, past_key_values=DynamicCache(config=model.config))
-    other = greedy(model, ids, past_key_values=CACHES["dynamic"](model, compression_ratio=0))
+    one = greedy(model, ids, **cache_argument(DynamicCache(config=model.config)))
+    other = greedy(model, ids, **cache_argument(CACHES["dynamic"](model, compression_ratio=0)))
     assert torch.equal(one.sequences, other.sequences)
     assert torch.equal(torch.stack(one.logits), torch.stack(other.logits))
 
@@ -70,7 +71,7 @@ def test_folded_generation_equals_feeding_by_hand(family, attention, kind):
     if keeps_its_own_cache(family, model):
         pytest.skip("this transformers gives the family a cache of its own")
     cache = CACHES[kind](model, compression_ratio=0.5)
-    output = greedy(model, ids, past_key_values=cache)
+    output = greedy(model, ids, **cache_argument(cache))
     twin = CACHES[kind](model, compression_ratio=0.5)
     logits = run_by_hand(model, twin, ids, output.sequences[:, LENGTH:-1])
     torch.testing.assert_close(torch.stack(output.logits), logits, rtol=1e-4, atol=1e-4)
@@ -82,7 +83,7 @@ def test_folded_generation_equals_feeding_by_hand(family, attention, kind):
         assert (layer.num_merged + layer.num_dropped == evicted).all()
     # and a second turn with the same object
     text = torch.cat([output.sequences, prompt(9, seed=2)], 1)
-    second = greedy(model, text, past_key_values=cache, new_tokens=4)
+    second = greedy(model, text, **cache_argument(cache), new_tokens=4)
     logits = run_by_hand(model, twin, text[:, LENGTH + 7 :], second.sequences[:, text.shape[1] : -1])
     torch.testing.assert_close(torch.stack(second.logits), logits, rtol=1e-4, atol=1e-4)
 
@@ -91,7 +92,7 @@ def test_folded_generation_equals_feeding_by_hand(family, attention, kind):
 def test_sliding_layers_stay_transformers_own(family):
     model = build(family)
     cache = CACHES["dynamic"](model, compression_ratio=0.5)
-    greedy(model, prompt(LENGTH), past_key_values=cache)
+    greedy(model, prompt(LENGTH), **cache_argument(cache))
     kinds = [type(layer).__name__ for layer in cache.layers]
     assert kinds == ["DynamicSlidingWindowLayer", "MergingLayer"]
     assert cache.get_seq_length() == LENGTH + 7
@@ -104,18 +105,18 @@ def test_padded_hybrids_equal_rows_alone(family):
 
     model, inputs = build(family), left_padded([LENGTH, 26])
     cache = CACHES["dynamic"](model, max_tokens=18, attention_mask=inputs["attention_mask"])
-    together = torch.stack(greedy(model, inputs, past_key_values=cache).logits)
+    together = torch.stack(greedy(model, inputs, **cache_argument(cache)).logits)
     for row, length in enumerate((LENGTH, 26)):
         alone = inputs["input_ids"][row : row + 1, LENGTH - length :]
-        one = torch.stack(greedy(model, alone, past_key_values=CACHES["dynamic"](model, max_tokens=18)).logits)
+        one = torch.stack(greedy(model, alone, **cache_argument(CACHES["dynamic"](model, max_tokens=18))).logits)
         torch.testing.assert_close(together[:, row], one[:, 0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_quantized_cache_takes_sliding_models():
     model = build("gemma3_text")
     cache = MergingQuantizedCache("quanto", config=model.config, compression_ratio=0.5, **WINDOW)
-    greedy(model, prompt(LENGTH), past_key_values=cache, num_beams=2)
-    assert cache.layers[1]._storage.segments
+    greedy(model, prompt(LENGTH), **cache_argument(cache), num_beams=2)
+    assert cache.layers[1].storage.segments
 
 
 def test_mistral_folds_unless_it_has_a_window():
@@ -124,12 +125,12 @@ def test_mistral_folds_unless_it_has_a_window():
     with pytest.warns(UserWarning, match="No layer of MistralConfig has full attention.*nothing will be folded"):
         cache = MergingDynamicCache(config=config)
     model = tiny_model("mistral")
-    one = greedy(model, prompt(LENGTH), past_key_values=DynamicCache(config=config))
-    other = greedy(model, prompt(LENGTH), past_key_values=cache)
+    one = greedy(model, prompt(LENGTH), **cache_argument(DynamicCache(config=config)))
+    other = greedy(model, prompt(LENGTH), **cache_argument(cache))
     assert torch.equal(torch.stack(one.logits), torch.stack(other.logits))
     model.config.sliding_window = None
     cache = CACHES["dynamic"](model, compression_ratio=0.5)
-    greedy(model, prompt(LENGTH), past_key_values=cache)
+    greedy(model, prompt(LENGTH), **cache_argument(cache))
     assert [layer.num_slots for layer in cache.layers] == [20, 20]
 
 
@@ -138,11 +139,11 @@ def test_latent_attention_drops_or_refuses(family):
     model, ids = tiny_model(family), prompt(LENGTH)
     with pytest.raises(ValueError, match=f"{family} has multi-head latent attention .*Use merger='drop'"):
         MergingDynamicCache(config=model.config, compression_ratio=0.5)
-    one = greedy(model, ids, past_key_values=DynamicCache(config=model.config))
-    other = greedy(model, ids, past_key_values=CACHES["dynamic"](model, compression_ratio=0))
+    one = greedy(model, ids, **cache_argument(DynamicCache(config=model.config)))
+    other = greedy(model, ids, **cache_argument(CACHES["dynamic"](model, compression_ratio=0)))
     assert torch.equal(torch.stack(one.logits), torch.stack(other.logits))
     cache = CACHES["dynamic"](model, compression_ratio=0.5, merger="drop")
-    output = greedy(model, ids, past_key_values=cache)
+    output = greedy(model, ids, **cache_argument(cache))
     twin = CACHES["dynamic"](model, compression_ratio=0.5, merger="drop")
     logits = run_by_hand(model, twin, ids, output.sequences[:, LENGTH:-1])
     torch.testing.assert_close(torch.stack(output.logits), logits, rtol=1e-4, atol=1e-4)
@@ -153,8 +154,8 @@ def test_position_biases_are_refused(family):
     model = tiny_model(family, attention="eager")
     with pytest.raises(ValueError, match=f"{family} adds a position bias"):
         MergingDynamicCache(config=model.config)
-    one = greedy(model, prompt(LENGTH), past_key_values=DynamicCache(config=model.config))
-    other = greedy(model, prompt(LENGTH), past_key_values=CACHES["dynamic"](model, compression_ratio=0))
+    one = greedy(model, prompt(LENGTH), **cache_argument(DynamicCache(config=model.config)))
+    other = greedy(model, prompt(LENGTH), **cache_argument(CACHES["dynamic"](model, compression_ratio=0)))
     assert torch.equal(torch.stack(one.logits), torch.stack(other.logits))
 
 
@@ -168,9 +169,9 @@ def test_windows_by_place_in_the_cache_are_refused():
 def test_a_crop_that_one_layer_refuses_changes_no_layer():
     model = tiny_model("gemma3_text")
     cache = CACHES["dynamic"](model, compression_ratio=0.5)
-    model(prompt(LENGTH), past_key_values=cache)
+    model(prompt(LENGTH), **cache_argument(cache))
     for token in (5, 6, 7):
-        model(torch.tensor([[token]]), past_key_values=cache)
+        model(torch.tensor([[token]]), **cache_argument(cache))
     before = [(layer.keys.clone(), layer.get_seq_length()) for layer in cache.layers]
     with pytest.raises((RuntimeError, ValueError), match="crop"):
         cache.crop(-2)
@@ -195,15 +196,15 @@ def test_bart_decoder():
             DynamicCache(config=model.config),
         )
 
-    one = greedy(model, ids, past_key_values=caches(), **options)
-    other = greedy(model, ids, past_key_values=caches(compression_ratio=0), **options)
+    one = greedy(model, ids, **cache_argument(caches()), **options)
+    other = greedy(model, ids, **cache_argument(caches(compression_ratio=0)), **options)
     assert torch.equal(torch.stack(one.logits), torch.stack(other.logits))
     cache, twin = caches(compression_ratio=0.5), caches(compression_ratio=0.5)
-    output = greedy(model, ids, past_key_values=cache, **options | {"num_beams": 1})
+    output = greedy(model, ids, **cache_argument(cache), **options | {"num_beams": 1})
     assert cache.self_attention_cache.layers[0].num_slots == LENGTH // 2
-    logits = [model(ids, decoder_input_ids=start, past_key_values=twin).logits[:, -1]]
+    logits = [model(ids, decoder_input_ids=start, **cache_argument(twin)).logits[:, -1]]
     for token in output.sequences[:, LENGTH:-1].split(1, 1):
-        logits.append(model(ids, decoder_input_ids=token, past_key_values=twin).logits[:, -1])
+        logits.append(model(ids, decoder_input_ids=token, **cache_argument(twin)).logits[:, -1])
     torch.testing.assert_close(torch.stack(output.logits), torch.stack(logits), rtol=1e-4, atol=1e-4)
 
 
@@ -214,7 +215,7 @@ def test_t5_has_relative_positions():
     outputs = []
     for self_attention in (DynamicCache(config=model.config), CACHES["dynamic"](model, compression_ratio=0)):
         cache = EncoderDecoderCache(self_attention, DynamicCache(config=model.config))
-        outputs.append(greedy(model, prompt(12), past_key_values=cache, decoder_start_token_id=0))
+        outputs.append(greedy(model, prompt(12), **cache_argument(cache), decoder_start_token_id=0))
     assert torch.equal(torch.stack(outputs[0].logits), torch.stack(outputs[1].logits))
 
 
@@ -241,14 +242,14 @@ def test_llava_with_an_image(kind):
     ids = prompt(LENGTH)
     ids[0, 5:9] = 3  # where the image's four patches go
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16)}
-    one = greedy(model, inputs, past_key_values=DynamicCache(config=model.config))
-    other = greedy(model, inputs, past_key_values=CACHES["dynamic"](model, compression_ratio=0))
+    one = greedy(model, inputs, **cache_argument(DynamicCache(config=model.config)))
+    other = greedy(model, inputs, **cache_argument(CACHES["dynamic"](model, compression_ratio=0)))
     assert torch.equal(torch.stack(one.logits), torch.stack(other.logits))
     cache = CACHES[kind](model, compression_ratio=0.5)
-    output = greedy(model, inputs, past_key_values=cache)
+    output = greedy(model, inputs, **cache_argument(cache))
     assert [layer.num_slots for layer in cache.layers] == [LENGTH // 2] * 2
     twin = CACHES[kind](model, compression_ratio=0.5)
-    logits = [model(**inputs, past_key_values=twin).logits[:, -1]]
+    logits = [model(**inputs, **cache_argument(twin)).logits[:, -1]]
     for token in output.sequences[:, LENGTH:-1].split(1, 1):
-        logits.append(model(token, past_key_values=twin).logits[:, -1])
+        logits.append(model(token, **cache_argument(twin)).logits[:, -1])
     torch.testing.assert_close(torch.stack(output.logits), torch.stack(logits), rtol=1e-4, atol=1e-4)

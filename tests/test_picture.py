@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from merging_cache import BUDGETS, MERGERS, LayerStates, MergingConfig, MergingDynamicCache, plot_merges
-from merging_cache.picture import UNKNOWN, Fates
+from merging_cache.model import cache_argument
+from merging_cache.report.picture import UNKNOWN
 from merging_cache.states import DROPPED
 from models import llama
 
@@ -75,12 +76,12 @@ def test_nothing_is_kept_unless_asked_for():
     assert fold(LayerStates(states.keys, states.values), 15).holders is None
     model = llama()
     cache = MergingDynamicCache(config=model.config)
-    model(torch.arange(1, 61)[None], past_key_values=cache)
+    model(torch.arange(1, 61)[None], **cache_argument(cache))
     traced = MergingDynamicCache(config=model.config, trace=True)
-    model(torch.arange(1, 61)[None], past_key_values=traced)
+    model(torch.arange(1, 61)[None], **cache_argument(traced))
     heads = model.config.num_key_value_heads
     for plain, telling in zip(cache.layers, traced.layers, strict=True):
-        assert plain.holders is None
+        assert plain.tally.holders is None
         assert telling.nbytes - plain.nbytes == 4 * heads * 60
         assert torch.equal(plain.keys, telling.keys)
         assert torch.equal(plain.values, telling.values)
@@ -107,19 +108,19 @@ def test_padded_rows_over_two_turns_are_traced_as_if_alone(merger, budget):
             for start, end in ((0, 60 - padding), (60 - padding, 72 - padding)):
                 tokens = torch.cat([ids, more], dim=1)[rows, padding + start : padding + end]
                 where = {"attention_mask": both[:, :end], "position_ids": positions[:, start:end]}
-                model(tokens, past_key_values=cache, **where)
+                model(tokens, **cache_argument(cache), **where)
         cache.release()
         return cache
 
     together = run(slice(None), 0)
     for row, padding in ((0, 0), (1, 17)):
         alone = run(slice(row, row + 1), padding)
-        mine, expected = Fates.of(together, row), Fates.of(alone, 0)
+        mine, expected = together.fates(row), alone.fates(0)
         assert mine.num_tokens == expected.num_tokens == 72 - padding
         assert mine.traced
         for layer, ours, theirs in zip(together.layers, mine.holders, expected.holders, strict=True):
             assert torch.equal(ours, theirs)
-            stored = layer._padding.row_positions(layer.positions)[row]
+            stored = layer._shared.padding.row_positions(layer.positions)[row]
             for of_head, slots in zip(ours, stored, strict=True):
                 slots = slots[slots >= 0]
                 assert set(of_head[of_head >= 0].tolist()) <= set(slots.tolist())
@@ -131,11 +132,11 @@ def test_padded_rows_over_two_turns_are_traced_as_if_alone(merger, budget):
 def test_the_batch_is_followed_where_rows_move():
     model = llama()
     cache = MergingDynamicCache(config=model.config, trace=True, attention_mask=torch.ones(2, 60))
-    model(torch.randint(1, 90, (2, 60), generator=torch.Generator().manual_seed(0)), past_key_values=cache)
-    before = [Fates.of(cache, row).holders for row in (0, 1)]
+    model(torch.randint(1, 90, (2, 60), generator=torch.Generator().manual_seed(0)), **cache_argument(cache))
+    before = [cache.fates(row).holders for row in (0, 1)]
     cache.batch_select_indices(torch.tensor([1, 0, 1]))
     for row, was in ((0, 1), (1, 0), (2, 1)):
-        assert all(map(torch.equal, Fates.of(cache, row).holders, before[was]))
+        assert all(map(torch.equal, cache.fates(row).holders, before[was]))
     cache.reset()
     with pytest.raises(ValueError, match="the cache is empty"):
         plot_merges(cache)
@@ -149,7 +150,7 @@ def traced():
     model = llama()
     options = {"merger": {"name": "similarity", "similarity_threshold": 0.6}, "recent_tokens": 6, "trace": True}
     cache = MergingDynamicCache(config=model.config, **options)
-    model(torch.arange(1, 61)[None], past_key_values=cache)
+    model(torch.arange(1, 61)[None], **cache_argument(cache))
     return cache
 
 
@@ -160,7 +161,7 @@ def test_a_picture_shows_survivors_merged_and_dropped(traced):
     *panels, bar = figure.axes
     assert len(panels) == len(traced.layers)
     assert [label.get_text() for label in panels[-1].get_xticklabels()] == WORDS
-    for panel, holders in zip(panels, Fates.of(traced, 0).holders, strict=True):
+    for panel, holders in zip(panels, traced.fates(0).holders, strict=True):
         (shown,) = panel.images
         pixels = torch.as_tensor(shown.get_array())
         assert pixels.shape == (*holders.shape, 4)
@@ -187,7 +188,7 @@ def test_the_page_holds_the_text_and_who_holds_it(traced, tmp_path):
     tokens, holders = re.search(r"const tokens = (\[.*?\]), holders = (\{.*?\});", page).groups()
     assert json.loads(tokens) == words
     assert "<b>&" not in page  # escaped where it could be taken for markup
-    expected = {str(layer): holders.tolist() for layer, holders in enumerate(Fates.of(traced, 0).holders)}
+    expected = {str(layer): holders.tolist() for layer, holders in enumerate(traced.fates(0).holders)}
     assert json.loads(holders) == expected
     assert not re.search(r"""(src|href)=["']https?:""", page)
 
@@ -195,8 +196,8 @@ def test_the_page_holds_the_text_and_who_holds_it(traced, tmp_path):
 def test_without_a_trace_only_the_survivors_are_known(tmp_path):
     model = llama()
     cache = MergingDynamicCache(config=model.config, recent_tokens=6)
-    model(torch.arange(1, 61)[None], past_key_values=cache)
-    fates = Fates.of(cache, 0)
+    model(torch.arange(1, 61)[None], **cache_argument(cache))
+    fates = cache.fates(0)
     assert not fates.traced
     for layer, holders in zip(cache.layers, fates.holders, strict=True):
         kept = torch.zeros(holders.shape, dtype=torch.bool).scatter(1, layer.positions[0], True)
@@ -223,10 +224,10 @@ def test_what_cannot_be_shown_is_said(traced):
         plot_merges(traced, html="page.html")
     model = llama()
     cache = MergingDynamicCache(config=model.config)
-    model(torch.arange(1, 61)[None], past_key_values=cache)
+    model(torch.arange(1, 61)[None], **cache_argument(cache))
     report = cache.report()
     report.plot()
-    model(torch.tensor([[5]]), past_key_values=cache)
+    model(torch.tensor([[5]]), **cache_argument(cache))
     with pytest.raises(ValueError, match="the cache is not what it was at this report"):
         report.plot()
     report = cache.report()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from merging_cache import BUDGETS, MERGERS, SCORERS, MergingDynamicCache, MergingQuantizedCache
+from merging_cache.model import cache_argument
 from models import greedy, left_padded, llama, prompt
 from test_query_scorers import gate_weights, kvzap_weights
 
@@ -66,12 +67,12 @@ def turns(caches, inputs):
         if turn:
             text = torch.cat([text, prompt(9, 2, seed=5)], 1)
             mask = torch.cat([mask, torch.ones(2, text.shape[1] - mask.shape[1], dtype=torch.long)], 1)
-        output = greedy(model(), {"input_ids": text, "attention_mask": mask}, 3, past_key_values=batch_cache)
+        output = greedy(model(), {"input_ids": text, "attention_mask": mask}, 3, **cache_argument(batch_cache))
         together.append(torch.stack(output.logits))
         rows = []
         for row, length in enumerate(LENGTHS):
             mine = text[row : row + 1, max(LENGTHS) - length :]
-            rows.append(torch.stack(greedy(model(), mine, 3, past_key_values=row_caches[row]).logits))
+            rows.append(torch.stack(greedy(model(), mine, 3, **cache_argument(row_caches[row])).logits))
         alone.append(torch.cat(rows, dim=1))
         text, mask = output.sequences, torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], 1)
     return torch.stack(together), torch.stack(alone)
@@ -105,7 +106,7 @@ def test_quantized_storage_keeps_the_very_same_tokens(scorer, budget, merger, we
     quantized, dense = new_cache(True, **how), new_cache(False, **how)
     position_ids = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
     for cache in (quantized, dense):
-        model()(**inputs, position_ids=position_ids, past_key_values=cache)
+        model()(**inputs, position_ids=position_ids, **cache_argument(cache))
     for mine, theirs in zip(quantized.layers, dense.layers, strict=True):
         assert torch.equal(mine.positions, theirs.positions)
         assert torch.equal(mine.num_merged, theirs.num_merged)
@@ -124,22 +125,22 @@ def test_beams_and_drafts(scorer, budget, quantized, weights):
     def new(**more):
         return new_cache(quantized, **how | ({"residual_length": 64} if quantized else {}) | more)
 
-    beams = greedy(model(), ids, 4, past_key_values=new(), num_beams=2, output_logits=False, output_scores=True)
+    beams = greedy(model(), ids, 4, **cache_argument(new()), num_beams=2, output_logits=False, output_scores=True)
     by_hand, total = new(), 0.0
-    logits = model()(ids, past_key_values=by_hand).logits[:, -1]
+    logits = model()(ids, **cache_argument(by_hand)).logits[:, -1]
     for token in beams.sequences[0, 36:]:
         total += logits.log_softmax(-1)[0, token].item()
-        logits = model()(token.view(1, 1), past_key_values=by_hand).logits[:, -1]
+        logits = model()(token.view(1, 1), **cache_argument(by_hand)).logits[:, -1]
     assert beams.sequences_scores[0].item() == pytest.approx(total / 4, abs=2e-3)
 
     drafted = new(fold_at="decode")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        output = greedy(model(), ids, 6, past_key_values=drafted, prompt_lookup_num_tokens=3, output_logits=False)
+        output = greedy(model(), ids, 6, **cache_argument(drafted), prompt_lookup_num_tokens=3, output_logits=False)
     by_hand = new(fold_at="decode")
-    model()(ids, past_key_values=by_hand)
+    model()(ids, **cache_argument(by_hand))
     for token in output.sequences[0, 36 : drafted.get_seq_length()]:
-        model()(token.view(1, 1), past_key_values=by_hand)
+        model()(token.view(1, 1), **cache_argument(by_hand))
     for mine, theirs in zip(drafted.layers, by_hand.layers, strict=True):
         assert torch.equal(mine.positions, theirs.positions)
         torch.testing.assert_close(mine.values, theirs.values, rtol=1e-3, atol=2e-2 if quantized else 1e-3)

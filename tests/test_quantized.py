@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from merging_cache import LayerStates, MergingConfig, MergingDynamicCache, MergingQuantizedCache
-from merging_cache.quantized import QuantizedStorage, make_backend
+from merging_cache.model import cache_argument
+from merging_cache.storage import QuantizedStorage, make_backend
 
 BACKENDS = {
     "quanto4": ("quanto", {"nbits": 4}),
@@ -76,7 +77,7 @@ def test_stores_the_quantized_merge_exactly(name, dim, merger):
     assert torch.equal(returned, keys)  # the prompt attends to its exact self
     slots = MergingConfig(merger=merger, **FOLD).build()(LayerStates(keys, values, layer_idx=0), 75)
     layer, backend = cache.layers[0], backend_of(name)
-    fitting = layer._storage.segments[0].length
+    fitting = layer.storage.segments[0].length
     assert fitting > 75 - 64
     for stored, exact, axis in (
         (layer.keys, slots.keys, backend.axis_key),
@@ -110,7 +111,7 @@ def test_one_quantization_a_prompt_and_none_of_old_segments(name):
     calls = counted(cache)
     cache.update(torch.randn(1, 2, 128, 64), torch.randn(1, 2, 128, 64), 0)
     assert calls == {"quantize": 2, "dequantize": 0}
-    storage = cache.layers[0]._storage
+    storage = cache.layers[0].storage
     first = storage.segments[0]
     new = [(torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64)) for _ in range(96)]
     for keys, values in new:
@@ -186,7 +187,7 @@ def test_waiting_prompts_stay_exact(name):
         deferred.update(chunk, chunk, 0)
         recorded.update(chunk, chunk, 0)
     for cache in (deferred, recorded):
-        assert cache.layers[0]._storage.segments == []
+        assert cache.layers[0].storage.segments == []
         assert torch.equal(cache.layers[0].keys, torch.cat(chunks, 2))
     recorded.crop(0)
     deferred.update(torch.zeros(1, 2, 1, 64), torch.zeros(1, 2, 1, 64), 0)
@@ -207,7 +208,7 @@ def test_bytes_at_four_bits_and_half_the_tokens(dtype, bound):
     )
     model = LlamaForCausalLM(config).to(dtype)
     cache = MergingQuantizedCache("quanto", nbits=4, config=config, compression_ratio=0.5)
-    model(torch.randint(0, 99, (1, 2048)), past_key_values=cache)
+    model(torch.randint(0, 99, (1, 2048)), **cache_argument(cache))
     report = cache.report().total
     assert report.bytes_full == 2 * 2 * 2 * 2048 * 64 * dtype.itemsize
     print(f"{dtype}: {report.bytes_now / report.bytes_full:.4f} of DynamicCache's bytes")
@@ -246,8 +247,8 @@ def test_copies_share_what_is_packed():
     cache = MergingQuantizedCache("quanto", **FOLD)
     cache.update(torch.randn(1, 2, 128, 64), torch.randn(1, 2, 128, 64), 0)
     twin = copy.deepcopy(cache)
-    assert twin.layers[0]._storage is not cache.layers[0]._storage
-    assert twin.layers[0]._storage.segments[0] is cache.layers[0]._storage.segments[0]
+    assert twin.layers[0].storage is not cache.layers[0].storage
+    assert twin.layers[0].storage.segments[0] is cache.layers[0].storage.segments[0]
 
 
 @pytest.mark.parametrize(

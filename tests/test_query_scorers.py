@@ -18,9 +18,8 @@ from transformers import DynamicCache
 import reference
 from architectures import causal_lm_types, tiny_model
 from merging_cache import SCORERS, LayerStates, MergingConfig, MergingDynamicCache
-from merging_cache.layer import CROP_TAKES_LENGTH
-from merging_cache.link import linked_model
-from merging_cache.rotary import rotary_of
+from merging_cache.layers.guards import CROP_TAKES_LENGTH
+from merging_cache.model import cache_argument, linked_model, rotary_of
 from merging_cache.scorers import FastKVzipScorer, KVPressScorer, KVzapScorer, QFilterScorer
 from merging_cache.scorers.wrapper import WrappingScorer
 from merging_cache.states import Statistics
@@ -59,10 +58,10 @@ def said(model, scorer, ids, chunk=None, **options):
     spy = Spy(scorer)
     cache = MergingDynamicCache(model=model, scorer=spy, fold_at="decode", **WINDOW | options)
     for piece in ids.split(chunk or ids.shape[1], dim=1):
-        model(piece, past_key_values=cache)
+        model(piece, **cache_argument(cache))
     for hook in hooks:
         hook.remove()
-    model(prompt(1, ids.shape[0]), past_key_values=cache)
+    model(prompt(1, ids.shape[0]), **cache_argument(cache))
     cache.release(model)
     result = []
     for index, layer in enumerate(model.model.layers):
@@ -380,7 +379,7 @@ def test_gates_in_one_file_of_modules(tmp_path):
 
 def test_weights_from_the_hub(tmp_path, monkeypatch):
     """What is asked of the hub for each way to name weights there."""
-    from merging_cache import weights
+    from merging_cache.scorers import weights
 
     gate_weights(tmp_path / "inside")
     asked = []
@@ -405,14 +404,14 @@ def test_qfilter_from_weights_needs_no_model(tmp_path):
     model = llama()
     spy = Spy(QFilterScorer(weights=str(tmp_path)))
     cache = MergingDynamicCache(config=model.config, scorer=spy, **WINDOW)
-    model(prompt(LENGTH), past_key_values=cache)
+    model(prompt(LENGTH), **cache_argument(cache))
     for index in range(2):
         states, scores = spy.said[index]
         torch.testing.assert_close(scores, -(states.keys * filters[index][None, :, None]).sum(-1))
     save_file({"q_filters": torch.randn(2, 3, 16)}, tmp_path / "model.safetensors")
     cache = MergingDynamicCache(config=model.config, scorer=QFilterScorer(weights=str(tmp_path)), **WINDOW)
     with pytest.raises(ValueError, match="which do not fit layer 0"):
-        model(prompt(LENGTH), past_key_values=cache)
+        model(prompt(LENGTH), **cache_argument(cache))
 
 
 def test_weights_that_do_not_fit(tmp_path):
@@ -431,19 +430,19 @@ def test_weights_that_do_not_fit(tmp_path):
         model = llama()
         cache = MergingDynamicCache(model=model, scorer=KVzapScorer(str(tmp_path / "w")))
         with pytest.raises(ValueError, match=message):
-            model(prompt(LENGTH), past_key_values=cache)
+            model(prompt(LENGTH), **cache_argument(cache))
 
 
 def test_layers_load_their_weights_once(tmp_path, monkeypatch):
     """Named by a dict, a scorer is built once and serves all layers."""
-    from merging_cache import weights
+    from merging_cache.scorers import weights
 
     kvzap_weights(tmp_path / "w", "linear")
     loaded, load_file = [], weights.load_file
     monkeypatch.setattr(weights, "load_file", lambda file: loaded.append(file) or load_file(file))
     model = llama()
     cache = MergingDynamicCache(model=model, scorer={"name": "kvzap", "weights": str(tmp_path / "w")}, **WINDOW)
-    model(prompt(LENGTH), past_key_values=cache)
+    model(prompt(LENGTH), **cache_argument(cache))
     assert all(layer.num_slots for layer in cache.layers)
     assert loaded == [tmp_path / "w" / "model.safetensors"]
 
@@ -460,7 +459,7 @@ def test_files_that_are_no_weights(tmp_path):
         model = llama()
         cache = MergingDynamicCache(model=model, scorer=KVzapScorer(wrong))
         with pytest.raises(ValueError, match=r"the weights of layer 0 in .* do not fit hidden states of width 64"):
-            model(prompt(LENGTH), past_key_values=cache)
+            model(prompt(LENGTH), **cache_argument(cache))
 
 
 def test_hidden_states_need_the_model_and_leave_no_hooks(tmp_path):
@@ -471,7 +470,7 @@ def test_hidden_states_need_the_model_and_leave_no_hooks(tmp_path):
     attention = model.model.layers[0].self_attn
     cache = MergingDynamicCache(model=model, scorer={"name": "kvzap", "weights": str(tmp_path / "w")}, **WINDOW)
     assert len(attention._forward_pre_hooks) == 1
-    model(prompt(LENGTH), past_key_values=cache)
+    model(prompt(LENGTH), **cache_argument(cache))
     cache.release(model)
     assert not attention._forward_pre_hooks
     other = MergingDynamicCache(model=model, scorer="snapkv", **WINDOW)
@@ -479,7 +478,7 @@ def test_hidden_states_need_the_model_and_leave_no_hooks(tmp_path):
     other.release(model)
     unlinked = MergingDynamicCache(config=model.config, scorer=KVzapScorer(str(tmp_path / "w")), **WINDOW)
     with merging_attention(model), pytest.raises(ValueError, match="KVzapScorer must see the hidden states of Llama"):
-        model(prompt(LENGTH), past_key_values=unlinked)
+        model(prompt(LENGTH), **cache_argument(unlinked))
 
 
 # Rotary embeddings ----------------------------------------------------------------------------------------------------
@@ -497,7 +496,7 @@ def test_rotary_of_every_layout(family):
         model = tiny_model(family, attention="eager")
     spy = Spy("expected_attention")
     cache = MergingDynamicCache(model=model, scorer=spy, **WINDOW)
-    model(torch.full((1, LENGTH), 7), past_key_values=cache)
+    model(torch.full((1, LENGTH), 7), **cache_argument(cache))
     index, (states, _) = min(spy.said.items())
     count, mean, scatter = states.statistics.queries
     assert (count == LENGTH - 4).all()
@@ -534,12 +533,12 @@ def test_rotary_is_right_or_refused():
         ids = torch.full((1, LENGTH), 7)
         try:
             with torch.no_grad():
-                model(ids, past_key_values=DynamicCache(config=model.config))
+                model(ids, **cache_argument(DynamicCache(config=model.config)))
         except Exception:
             continue
         try:
             with torch.no_grad():
-                model(ids, past_key_values=cache)
+                model(ids, **cache_argument(cache))
         except ValueError as error:
             if "uses cache of its own" in str(error):
                 continue
@@ -562,22 +561,22 @@ def test_changing_frequencies_are_refused():
     model.model.rotary_emb.rope_type = "dynamic"
     cache = MergingDynamicCache(model=model, scorer="expected_attention")
     with pytest.raises(ValueError, match="rotary position embedding of LlamaAttention could not be made out"):
-        model(prompt(LENGTH), past_key_values=cache)
+        model(prompt(LENGTH), **cache_argument(cache))
 
 
 def test_absolute_positions_are_refused():
     model = tiny_model("gpt2")
     cache = MergingDynamicCache(model=model, scorer="leverage")
     with pytest.raises(ValueError, match="rotary position embedding of GPT2Attention could not be made out"):
-        model(prompt(LENGTH), past_key_values=cache)
+        model(prompt(LENGTH), **cache_argument(cache))
 
 
 def test_the_probe_leaves_no_trace():
     model, ids = llama(), prompt(LENGTH)
     plain = MergingDynamicCache(config=model.config, compression_ratio=0)
-    expected = model(ids, past_key_values=plain).logits
+    expected = model(ids, **cache_argument(plain)).logits
     cache = MergingDynamicCache(model=model, scorer="expected_attention", **WINDOW)
-    assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+    assert torch.equal(model(ids, **cache_argument(cache)).logits, expected)
     assert linked_model(model.model.layers[0].self_attn) is model
     twin = copy.deepcopy(cache)
     assert twin.layers[0]._observed.owner is cache.layers[0]._observed.owner
@@ -595,10 +594,10 @@ def test_statistics_are_bounded_and_follow_the_slots(scorer, fold_at):
     model, ids = llama(), prompt(90, 2)
     cache = MergingDynamicCache(model=model, scorer=scorer, max_tokens=20, fold_at=fold_at, **WINDOW)
     for piece in ids.split(30, dim=1):
-        model(piece, past_key_values=cache)
+        model(piece, **cache_argument(cache))
         for layer in cache.layers:
             assert layer._observed.queries.shape[2] <= 15  # never all of them
-    model(prompt(1, 2), past_key_values=cache)
+    model(prompt(1, 2), **cache_argument(cache))
     for layer in cache.layers:
         statistics = layer._observed.statistics
         if statistics.tokens is not None:
@@ -616,9 +615,9 @@ def test_survivors_keep_their_statistics():
     """After a fold each slot has what was observed for its own token."""
     model, ids = llama(), prompt(50)
     whole = MergingDynamicCache(model=model, scorer="observed_attention", fold_at="decode", **WINDOW)
-    model(ids, past_key_values=whole)
+    model(ids, **cache_argument(whole))
     folded = MergingDynamicCache(model=model, scorer="observed_attention", **WINDOW)
-    model(ids, past_key_values=folded)
+    model(ids, **cache_argument(folded))
     before, after = (cache.layers[0]._observed.statistics.tokens for cache in (whole, folded))
     index = folded.layers[0].positions.unsqueeze(-1).expand(-1, -1, -1, 2)
     torch.testing.assert_close(after, before.gather(2, index))
@@ -627,9 +626,9 @@ def test_survivors_keep_their_statistics():
 def test_padding_leaves_no_statistics():
     model, inputs = llama(), left_padded([40, 23])
     together = MergingDynamicCache(model=model, scorer="expected_attention", max_tokens=20, **WINDOW)
-    greedy(model, inputs, new_tokens=2, past_key_values=together)
+    greedy(model, inputs, new_tokens=2, **cache_argument(together))
     alone = MergingDynamicCache(model=model, scorer="expected_attention", max_tokens=20, **WINDOW)
-    greedy(model, inputs["input_ids"][1:, -23:], new_tokens=2, past_key_values=alone)
+    greedy(model, inputs["input_ids"][1:, -23:], new_tokens=2, **cache_argument(alone))
     for mine, theirs in zip(together.layers, alone.layers, strict=True):
         for one, other in zip(mine._observed.statistics.queries, theirs._observed.statistics.queries, strict=True):
             torch.testing.assert_close(one[1:], other, rtol=1e-3, atol=1e-3)
@@ -643,7 +642,7 @@ def test_observed_tokens_cannot_be_cropped(scorer):
     """What was remembered of their queries would stay."""
     model = llama()
     cache = MergingDynamicCache(model=model, scorer=scorer, fold_at="decode", **WINDOW)
-    model(prompt(60), past_key_values=cache)
+    model(prompt(60), **cache_argument(cache))
     assert not cache.is_croppable
     with pytest.raises(ValueError, match=r"cannot crop 20 tokens from layer 0: \w+Scorer and MassMerger observed"):
         cache.crop(-20)
@@ -658,7 +657,7 @@ def test_chunks_while_the_past_is_recorded(scorer):
         cache = MergingDynamicCache(model=model, scorer=scorer, **WINDOW)
         cache.activate_past_recording()
         for piece in ids.split(chunk, dim=1):
-            model(piece, past_key_values=cache)
+            model(piece, **cache_argument(cache))
         cache.crop(55 if CROP_TAKES_LENGTH else -5)
         kept.append([layer.positions for layer in cache.layers])
         assert cache.get_seq_length() == 55
@@ -670,7 +669,7 @@ def test_snapkv_when_old_queries_see_nothing_that_is_stored():
     model = llama()
     cache = MergingDynamicCache(model=model, scorer="snapkv", sink_tokens=0, recent_tokens=8, max_tokens=8)
     for piece in prompt(64).split(16, dim=1):
-        model(piece, past_key_values=cache)
+        model(piece, **cache_argument(cache))
     assert all(layer.num_slots == 8 for layer in cache.layers)
 
 
@@ -679,7 +678,7 @@ def test_snapkv_keeps_its_window_of_a_stream():
     model, options = llama(), {"sink_tokens": 0, "recent_tokens": 0, "max_tokens": 16}
     cache = MergingDynamicCache(model=model, scorer={"name": "snapkv", "window_size": 24}, **options)
     for piece in prompt(80).split(8, dim=1):
-        model(piece, past_key_values=cache)
+        model(piece, **cache_argument(cache))
     for layer in cache.layers:
         assert layer.positions.tolist() == [[list(range(64, 80))] * 2]
 
@@ -688,11 +687,11 @@ def test_generated_tokens_count_as_the_mean():
     """A scorer that scores prompt tokens only must not evict the model's own answer first."""
     model, spy = llama(), Spy({"name": "non_causal", "chunk_size": 16})
     cache = MergingDynamicCache(model=model, scorer=spy, fold_at="decode", compression_ratio=0.1, **WINDOW)
-    model(prompt(32), past_key_values=cache)
+    model(prompt(32), **cache_argument(cache))
     for token in prompt(32, seed=2)[0]:
-        model(token.view(1, 1), past_key_values=cache)
-    model(prompt(16, seed=3), past_key_values=cache)
-    model(prompt(1), past_key_values=cache)
+        model(token.view(1, 1), **cache_argument(cache))
+    model(prompt(16, seed=3), **cache_argument(cache))
+    model(prompt(1), **cache_argument(cache))
     states, scores = spy.said[0]
     received = states.statistics.tokens
     generated = (states.positions >= 32) & (states.positions < 64)
@@ -716,7 +715,7 @@ def test_rotary_in_half_precision_with_a_large_channel(dtype, family):
     vectors, positions, rotated = torch.randn(1, 2, 5, 16), torch.arange(5)[None], []
     for one in (model, plain):
         cache = MergingDynamicCache(model=one, scorer="leverage", **WINDOW)
-        one(prompt(40), past_key_values=cache)
+        one(prompt(40), **cache_argument(cache))
         rotated.append(cache.layers[0]._observed.owner.rotary.rotated(vectors, positions))
         cache.release()
     torch.testing.assert_close(*rotated, rtol=1e-2, atol=2e-2)
@@ -729,7 +728,7 @@ def test_images_have_positions_of_which_a_cache_is_not_told():
     model.config.vision_config = object()
     cache = MergingDynamicCache(model=model, scorer="expected_attention")
     with pytest.raises(ValueError, match="tokens of an image have several positions"):
-        model(prompt(LENGTH), past_key_values=cache)
+        model(prompt(LENGTH), **cache_argument(cache))
 
 
 def test_offloaded_weights_are_named():

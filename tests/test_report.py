@@ -5,6 +5,7 @@ import torch
 
 from merging_cache import MergingDynamicCache, merging_attention
 from merging_cache.mergers import SimilarityMerger
+from merging_cache.model import cache_argument
 from models import CACHES, WINDOW, greedy, llama, prompt, tiny_model
 
 pytestmark = pytest.mark.core
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.core
 def test_numbers():
     model = llama()
     cache = CACHES["dynamic"](model, compression_ratio=0.5)
-    greedy(model, prompt(64), past_key_values=cache, new_tokens=3)
+    greedy(model, prompt(64), **cache_argument(cache), new_tokens=3)
     report = cache.report()
     total = report.total
     assert (total.tokens_seen, total.slots) == (66, 2 * 34)
@@ -42,7 +43,7 @@ def test_an_empty_cache():
 def test_the_table_is_aligned():
     model = tiny_model("gemma3_text")
     cache = CACHES["dynamic"](model, compression_ratio=0.5)
-    model(prompt(1200), past_key_values=cache)
+    model(prompt(1200), **cache_argument(cache))
     lines = str(cache.report()).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert len(lines) == 1 + 1 + 2 + 1 + 1
@@ -60,7 +61,7 @@ def test_linear_layers_are_counted():
     cache = CACHES["dynamic"](model, compression_ratio=0.5)
     if not any("Linear" in type(layer).__name__ for layer in cache.layers):
         pytest.skip("this transformers gives the family a cache of its own")
-    model(prompt(40), past_key_values=cache)
+    model(prompt(40), **cache_argument(cache))
     rows = {row.kind: row for row in cache.report().layers}
     linear = next(layer for layer in cache.layers if "Linear" in type(layer).__name__)
     held = [*linear.conv_states.values(), *linear.recurrent_states.values()]
@@ -71,8 +72,8 @@ def test_slots_are_the_mean_over_heads_of_different_lengths():
     model = llama()
     scorer, budget = {"name": "snapkv", "window_size": 8}, {"name": "adakv", "safeguard": 0.1}
     cache = MergingDynamicCache(model=model, scorer=scorer, budget=budget, **WINDOW)
-    model(prompt(64), past_key_values=cache)
-    model(prompt(1), past_key_values=cache)
+    model(prompt(64), **cache_argument(cache))
+    model(prompt(1), **cache_argument(cache))
     counts = [(layer.positions >= 0).sum(dim=-1) for layer in cache.layers]
     assert any(len(count.unique()) > 1 for count in counts)
     assert [row.slots for row in cache.report().layers] == [33, 33]
@@ -91,7 +92,7 @@ def test_it_says_which_merger_ran():
         ),
     }
     for merger, cache in caches.items():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
         assert [row.merger for row in cache.report().layers] == [merger, merger]
         assert str(cache.report()).splitlines()[2].endswith(merger)
         assert (cache.layers[0].log_mass is None) == (merger == "similarity")
@@ -101,6 +102,6 @@ def test_it_says_which_merger_ran():
     assert MergingDynamicCache(model=model, compression_ratio=0).report().layers[0].merger == "-"
     outside = tiny_model("xglm", attention="eager")
     cache = MergingDynamicCache(model=outside, **WINDOW)
-    outside(ids, past_key_values=cache)
+    outside(ids, **cache_argument(cache))
     assert cache.report().layers[0].merger == "similarity"
     assert cache.layers[0].num_merged.any()

@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as app
 
 import reference
 from merging_cache import SCORERS, LayerStates
-from merging_cache.rotary import Rotary
+from merging_cache.model import Rotary
 from merging_cache.scorers import CURScorer, LagKVScorer, RandomScorer, SnapKVScorer, StreamingLLMScorer, TOVAScorer
 from merging_cache.scorers.attention import attention_tiles
 

@@ -15,9 +15,9 @@ from ..budgets.threshold import ThresholdBudget
 from ..cache import MergingDynamicCache, MergingQuantizedCache
 from ..config import MergingConfig, build_config, read_options
 from ..mergers import MERGERS, QUERY_SOURCES
-from ..quantized import make_backend
 from ..scorers import SCORERS
 from ..stage import Spec, check_choice, check_number, check_options, option, summarize_stage
+from ..storage import make_backend
 from .results import key_of
 from .ruler import RULER
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..cache import MergingDynamicCache
+from ..model import cache_argument
 from ..report import report_layers
 from .config import Variant
 from .example import Example
@@ -144,7 +145,7 @@ class Measurer:
         logits = []
         for one in [Variant()] if variant.is_full else [Variant(), variant]:
             cache, costs = self._prefill(read, torch.ones_like(read), one)
-            logits.append(self.model(follows, past_key_values=cache).logits[:, :-1])
+            logits.append(self.model(follows, **cache_argument(cache)).logits[:, :-1])
             release(cache)
         for full, held, tokens in zip(logits[0], logits[-1], follows[:, 1:, None], strict=True):
             full, held = full.float().log_softmax(dim=-1), held.float().log_softmax(dim=-1)
@@ -168,7 +169,8 @@ class Measurer:
     def _generate(self, ids: Tensor, mask: Tensor, cache: Cache, max_new_tokens: int) -> tuple[Tensor, float]:
         """What is generated, behind `ids` `[B, L]`, and the seconds it took."""
         started = clock(self.model.device)
-        output = self.model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=max_new_tokens)
+        read = {"attention_mask": mask, **cache_argument(cache)}
+        output = self.model.generate(ids, **read, max_new_tokens=max_new_tokens)
         return output, clock(self.model.device) - started
 
 

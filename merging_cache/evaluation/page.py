@@ -4,7 +4,7 @@ import io
 import re
 from typing import Any
 
-from ..picture import render
+from ..report import render
 from .config import TEXT
 from .example import Example
 from .summary import Summary

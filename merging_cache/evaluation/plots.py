@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..picture import new_figure
+from ..report import new_figure
 from .config import Variant
 from .summary import Summary
 

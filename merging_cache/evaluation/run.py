@@ -11,6 +11,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..model import settings
 from .config import TEXT, EvaluationConfig, Variant, fingerprint
 from .english import English
 from .example import Example
@@ -68,7 +69,8 @@ class Evaluation:
             raise ValueError(
                 f"there is no model {self._path!r}, neither as a folder nor on the hub: {error}"
             ) from error
-        self._most = getattr(model_config, "max_position_embeddings", None)
+        known = [most for most in settings(model_config, "max_position_embeddings") if most is not None]
+        self._most = min(known, default=None)
         for length in config.lengths:
             self._check_length(length, "context_length")
         chat = bool(self.tokenizer.chat_template) if config.chat is None else config.chat

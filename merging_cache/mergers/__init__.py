@@ -1,7 +1,7 @@
 """Mergers: what becomes of evicted tokens. `MERGERS` is the table of their names."""
 
 from .auto import AutoMerger
-from .base import Merger
+from .base import MERGERS, Merger
 from .cam import CAMMerger
 from .count import CountMerger
 from .drop import DropMerger
@@ -12,7 +12,7 @@ from .residual import ResidualMerger
 from .similarity import SimilarityMerger
 from .validated import ValidatedMerger
 
-MERGERS: dict[str, type[Merger]] = {
+MERGERS |= {
     "auto": AutoMerger,
     "cam": CAMMerger,
     "count": CountMerger,

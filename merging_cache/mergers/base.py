@@ -32,8 +32,9 @@ class Merger(Stage, ABC):
         """Fold the evicted tokens of `states` into `survivors`. What it returns owns its memory."""
 
 
+MERGERS: dict[str, type[Merger]] = {}  # by name; the package's `__init__` fills it
+
+
 def build_merger(spec: Spec | Merger) -> Merger:
     """The merger that a wrapping one names by its name or its dict, or hands over, where the cache has the model."""
-    from . import MERGERS  # the table that the calling merger is in
-
     return build_stage("merger", spec, MERGERS, Merger).resolve(linked=True)

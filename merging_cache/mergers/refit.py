@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..linalg import solve_positive_definite
 from ..stage import Spec, option
 from ..states import LayerStates, Slots, Survivors
 from .base import Merger
@@ -62,7 +63,7 @@ class RefitMerger(ReferenceMerger):
         free = attention * self._free(slots, states, survivors, attention).unsqueeze(2)
         gram = free @ free.mT
         gram.diagonal(dim1=-2, dim2=-1).add_(self.ridge)
-        change = free.mT @ torch.linalg.solve(gram, missing)
+        change = free.mT @ solve_positive_definite(gram, missing)
         size = change.norm(dim=(2, 3), keepdim=True).clamp_min(torch.finfo(change.dtype).tiny)
         allowed = self.max_change * values.norm(dim=(2, 3), keepdim=True)
         refitted = (values + change * (allowed / size).clamp_max(1.0)).to(slots.values.dtype)

@@ -1,12 +1,6 @@
 """Scorers: how important each token is. `SCORERS` is the table of their names; adding one is a file and a line here."""
 
-from collections.abc import Callable
-
-from torch import Tensor
-
-from ..stage import Spec, build_stage
-from ..states import LayerStates
-from .base import FunctionScorer, Scorer
+from .base import SCORERS, FunctionScorer, Scorer, build_scorer
 from .cap import CapScorer
 from .chunk_kv import ChunkKVScorer
 from .compactor import CompactorScorer
@@ -30,7 +24,7 @@ from .streaming_llm import StreamingLLMScorer
 from .tova import TOVAScorer
 from .value_norm import ValueNormScorer
 
-SCORERS: dict[str, type[Scorer]] = {
+SCORERS |= {
     "cap": CapScorer,
     "chunk_kv": ChunkKVScorer,
     "compactor": CompactorScorer,
@@ -53,14 +47,6 @@ SCORERS: dict[str, type[Scorer]] = {
     "tova": TOVAScorer,
     "value_norm": ValueNormScorer,
 }
-
-
-def build_scorer(spec: Spec | Scorer | Callable[[LayerStates], Tensor]) -> Scorer:
-    """A scorer from its name, its dict, a plain function, or itself."""
-    if callable(spec) and not isinstance(spec, (Scorer, type)):
-        return FunctionScorer(spec)
-    return build_stage("scorer", spec, SCORERS, Scorer)
-
 
 __all__ = [
     "SCORERS",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..stage import Stage
+from ..stage import Spec, Stage, build_stage
 from ..states import LayerStates
 
 
@@ -52,6 +52,16 @@ class FunctionScorer(Scorer):
 
     def score(self, states: LayerStates) -> Tensor:
         return self.function(states)
+
+
+SCORERS: dict[str, type[Scorer]] = {}  # by name; the package's `__init__` fills it
+
+
+def build_scorer(spec: Spec | Scorer | Callable[[LayerStates], Tensor]) -> Scorer:
+    """A scorer from its name, its dict, a plain function, or itself."""
+    if callable(spec) and not isinstance(spec, (Scorer, type)):
+        return FunctionScorer(spec)
+    return build_stage("scorer", spec, SCORERS, Scorer)
 
 
 def remembered(states: LayerStates, *shape: int) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linalg import solve_positive_definite
 from ..stage import option
 from ..states import LayerStates, Statistics
 from .base import Scorer
@@ -52,6 +53,6 @@ class CapScorer(Scorer):
         for member in range(weights.shape[2]):
             capacity = counted.mT @ (counted * (weights[:, :, member] + self.epsilon).unsqueeze(-1))
             capacity.diagonal(dim1=-2, dim2=-1).add_(1.0)
-            leverage = (values * torch.linalg.solve(capacity, values.mT).mT).sum(dim=-1)
+            leverage = (values * solve_positive_definite(capacity, values.mT).mT).sum(dim=-1)
             scores += weights[:, :, member] * leverage
         return (scores / weights.shape[2]).masked_fill(sinks, torch.inf)

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ..states import LayerStates
-from ..weights import Weights
 from .once import OnceScorer
+from .weights import Weights
 
 
 @dataclass

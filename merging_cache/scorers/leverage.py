@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linalg import solve_positive_definite
 from ..stage import option
 from ..states import LayerStates
 from .base import Scorer, standardized
 
 RIDGE = 0.01
+STEP = 2**-19  # of leverages: a token that comes again has the same but for rounding, and should tie with itself
 
 
 @dataclass
@@ -19,7 +21,8 @@ class LeverageScorer(Scorer):
 
     The keys, RoPE taken off and centred, are projected to `sketch_dimension` random directions (Gaussian of variance
     1 / sketch_dimension): X. A token's leverage is `x (X'X + 0.01 I)^-1 x'`. Scores are less their mean and divided by
-    their standard deviation over the row's heads and tokens.
+    their standard deviation over the row's heads and tokens. Leverages are rounded to 2^-19, so that a token that is
+    repeated ties with itself although its keys were rotated by other angles.
 
     Args:
         sketch_dimension: directions to project to.
@@ -38,5 +41,5 @@ class LeverageScorer(Scorer):
         sketch = (keys - keys.mean(dim=2, keepdim=True)) @ (projection / math.sqrt(self.sketch_dimension)).to(keys)
         gram = sketch.mT @ sketch
         gram.diagonal(dim1=-2, dim2=-1).add_(RIDGE)
-        leverage = (sketch * torch.linalg.solve(gram, sketch.mT).mT).sum(dim=-1)
-        return standardized(leverage.clamp_min(0))
+        leverage = (sketch * solve_positive_definite(gram, sketch.mT).mT).sum(dim=-1)
+        return standardized((leverage.clamp_min(0) / STEP).round() * STEP)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..states import LayerStates, Statistics
-from ..weights import Weights
 from .base import Scorer
+from .weights import Weights
 
 
 @dataclass

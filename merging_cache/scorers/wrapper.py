@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..stage import Spec
 from ..states import LayerStates, Statistics
-from .base import Scorer
+from .base import Scorer, build_scorer
 
 
 @dataclass
@@ -23,8 +23,6 @@ class WrappingScorer(Scorer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        from . import build_scorer  # from the table that this scorer is in
-
         self.inner = build_scorer(self.scorer)
 
     @property

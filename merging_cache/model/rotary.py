@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from .attention import from_model_file, probing
+from .calling import cache_argument
 from .link import linked_model
+from .support import settings
 
 CHANGING = ("dynamic", "longrope")  # frequencies that depend on the length of the sequence
+ORDERS = (["cos", "sin"], ["sin", "cos"])  # in which rotary modules give them, and their models' functions take them
 PROBED = (0, 1, 5, 42, 999, 30_011)  # far enough apart for slow channels to turn, too
 UNEXPLAINED = 0.05  # of the spread over positions that the right way may leave, by rounding in half precision
 
@@ -27,6 +30,7 @@ class Rotary:
         embedding: the model's rotary module.
         options: what it has to be told beyond positions.
         apply: `(states [B, H, n, D], cosines, sines) -> [B, H, n, D]`, linear in cosines and sines.
+        sines_first: whether the module gives sines before cosines.
     """
 
     def __init__(
@@ -34,15 +38,23 @@ class Rotary:
         embedding: torch.nn.Module,
         options: dict[str, Any],
         apply: Callable[[Tensor, Tensor, Tensor], Tensor],
+        sines_first: bool = False,
     ) -> None:
         self.embedding = embedding
         self._options = options
         self._apply = apply
+        self._sines_first = sines_first
+
+    def as_given(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """What the rotary module says of positions `[B, n]`, in its order."""
+        table = getattr(self.embedding, "embed_positions", None)  # a table ends where the model does
+        positions = positions if table is None else positions.clamp_max(len(table) - 1)
+        return self.embedding(torch.zeros(1, device=positions.device), positions, **self._options)
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[B, n, width]` of positions `[B, n]`, in fp32."""
-        cos, sin = self.embedding(torch.zeros(1, device=positions.device), positions, **self._options)
-        return cos.float().to(positions.device), sin.float().to(positions.device)
+        first, second = (part.float().to(positions.device) for part in self.as_given(positions))
+        return (second, first) if self._sines_first else (first, second)
 
     def rotated(self, states: Tensor, positions: Tensor) -> Tensor:
         """`[B, H, n, D]` as they are at `positions`, `[B, n]` or `[B, H, n]`."""
@@ -92,8 +104,9 @@ def rotary_of(module: torch.nn.Module) -> Rotary:
     embedding = _embedding(model, module)
     apply = from_model_file(module, "apply_rotary_pos_emb")
     takes = [] if apply is None else list(inspect.signature(apply).parameters)
-    pairs = takes[2:4] == ["cos", "sin"]  # queries and keys at once, or one of them
-    if embedding is None or not (pairs or takes[1:3] == ["cos", "sin"]):
+    pairs = takes[2:4] in ORDERS  # queries and keys at once, or one of them
+    order = takes[2:4] if pairs else takes[1:3]
+    if embedding is None or order not in ORDERS:
         raise refusal("it has none, or one that is not made of cosines and sines")
     types = getattr(embedding, "rope_type", "default")
     if any(kind in CHANGING for kind in (types.values() if isinstance(types, dict) else [types])):
@@ -102,26 +115,30 @@ def rotary_of(module: torch.nn.Module) -> Rotary:
         raise refusal("tokens of an image have several positions, of which a cache is not told")
     if any(parameter.is_meta for parameter in module.parameters()):
         raise refusal("its weights are offloaded, so it cannot be tried out")
-    options = _layer_type(embedding, module)
+    options, sines_first = _layer_type(embedding, module), order[0] == "sin"
 
-    def whole(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return apply(states, states, cos, sin)[0] if pairs else apply(states, cos, sin)
+    def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        angles = (sin, cos) if sines_first else (cos, sin)
+        return apply(states, states, *angles)[0] if pairs else apply(states, *angles)
+
+    def turned_tokens_first(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return turned(states.transpose(1, 2), cos, sin).transpose(1, 2)
 
     def not_at_all(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return states  # some layers of some models leave positions to the others
 
-    def first_part(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        width = cos.shape[-1]
-        return torch.cat([whole(states[..., :width], cos, sin), states[..., width:]], dim=-1)
-
+    ways = [not_at_all]
+    for whole in (turned, turned_tokens_first):
+        ways += [whole, _first_part(whole, 1), _first_part(whole, 2)]
     try:
+        as_given = Rotary(embedding, options, not_at_all, sines_first).as_given
         positions = torch.tensor([PROBED], device=next(module.parameters()).device)
-        queries = _probe(module, positions, Rotary(embedding, options, whole).cos_sin(positions))
+        queries = _probe(module, positions, as_given(positions))
     except Exception as error:
         raise refusal(f"trying it out raised {type(error).__name__}: {error}") from error
     left_over = {}
-    for way in (not_at_all, whole, first_part):
-        rotary = Rotary(embedding, options, way)
+    for way in ways:
+        rotary = Rotary(embedding, options, way, sines_first)
         try:
             left_over[rotary] = _spread(rotary.unrotated(queries, positions))
         except (RuntimeError, IndexError):  # widths that do not fit
@@ -130,6 +147,16 @@ def rotary_of(module: torch.nn.Module) -> Rotary:
     if not left_over[best] <= UNEXPLAINED:
         raise refusal("rotating back does not give one query for one token")
     return best
+
+
+def _first_part(whole: Callable[..., Tensor], channels_per_angle: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Rotates as many of the first channels as there are angles for, and leaves the others."""
+
+    def first_part(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        width = channels_per_angle * cos.shape[-1]
+        return torch.cat([whole(states[..., :width], cos, sin), states[..., width:]], dim=-1)
+
+    return first_part
 
 
 def _spread(queries: Tensor) -> float:
@@ -143,8 +170,8 @@ def _spread(queries: Tensor) -> float:
 
 def _has_sections(config: Any) -> bool:
     """Whether channels turn with different coordinates of a position (mRoPE)."""
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    return "mrope_section" in parameters
+    parameters = [*settings(config, "rope_parameters"), *settings(config, "rope_scaling")]
+    return any("mrope_section" in (one or ()) for one in parameters)
 
 
 def _embedding(model: torch.nn.Module | None, module: torch.nn.Module) -> Any:
@@ -164,17 +191,17 @@ def _layer_type(embedding: torch.nn.Module, module: torch.nn.Module) -> dict[str
     return {"layer_type": getattr(module, "layer_type", None) or module.config.layer_types[module.layer_idx]}
 
 
-def _probe(module: torch.nn.Module, positions: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+def _probe(module: torch.nn.Module, positions: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """The queries `[1, Hq, n, D]` that a module makes of one token at several positions."""
     parameter = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
     token = torch.randn(_input_width(module), generator=generator).to(parameter.device, parameter.dtype)
     given = {
         "hidden_states": token.expand(1, positions.shape[1], -1),
-        "position_embeddings": tuple(part.to(parameter.dtype) for part in cos_sin),
+        "position_embeddings": tuple(part.to(parameter.dtype) for part in angles),
         "position_ids": positions,
         "attention_mask": None,
-        "past_key_values": None,
+        **cache_argument(None),
         "shared_kv_states": {},
         "use_cache": False,
     }

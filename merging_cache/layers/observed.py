@@ -1,13 +1,15 @@
 """What a layer remembers of the attention it took part in, for the stages that look at more than keys and values."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .fold import Fold
-from .states import LayerStates, Slots, Statistics
+from ..fold import Fold
+from ..model import Rotary, rotary_of
+from ..states import LayerStates, Slots, Statistics
 
 
 class Owner:
@@ -63,6 +65,12 @@ class Observed:
     hidden_states: Tensor | None = None
     remembered: dict[str, Statistics] = field(default_factory=dict)
     until: int = 0
+
+    def meet(self, module: torch.nn.Module, scaling: float | None, fold: Fold) -> None:
+        """Note which attention module this is."""
+        if module is not self.owner.module:
+            self.owner = Owner(module, rotary_for(fold, module))
+        self.scaling = scaling
 
     def receive(self, queries: Tensor, first: int, hidden_states: Tensor | None) -> None:
         """Take the queries `[B, Hq, q, D]` of a pass whose first token is at position `first`."""
@@ -128,3 +136,35 @@ class Observed:
         """Bytes held."""
         held = (self.queries, self.positions, self.hidden_states, *self.remembered.values())
         return sum(part.nbytes for part in held if part is not None)
+
+
+def rotary_for(fold: Fold, module: torch.nn.Module) -> Rotary | None:
+    """The module's rotary embedding, if a stage asks for it.
+
+    Raises:
+        ValueError: if it cannot be made out, and a stage cannot do without.
+    """
+    stages = fold.stages.values()
+    if any(stage.needs_rotary for stage in stages):
+        return rotary_of(module)
+    if any(stage.uses_rotary for stage in stages):
+        with suppress(ValueError):
+            return rotary_of(module)
+    return None
+
+
+def by_stored_head(query: Tensor, key: Tensor, stored: Tensor) -> Tensor | None:
+    """The query heads in the order of the KV heads in `stored` that they read.
+
+    They come that way, unless the model repeats the stored keys in an order of its own to make the `key` that it
+    attends to. `None` where it computes other keys from them.
+    """
+    if key.shape == stored.shape:
+        return query
+    if key.shape[1] % stored.shape[1] == 0 and key.shape[2:] == stored.shape[2:]:
+        # the keys of the last token tell which is which
+        same = (key[0, :, None, -1] == stored[0, None, :, -1]).all(dim=-1)  # [attended heads, stored heads]
+        if bool((same.sum(dim=1) == 1).all()):
+            order = same.int().argmax(dim=1).repeat_interleave(query.shape[1] // key.shape[1])
+            return query[:, order.argsort(stable=True)]
+    return None

@@ -1,19 +1,17 @@
 """Which tokens survived in each layer and head, and where the others went: a picture, and a page with the text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .stage import check_number
-from .states import ABSENT
-
-if TYPE_CHECKING:
-    from .cache import MergingDynamicCache
+from ..layers import MergingLayer
+from ..stage import check_number
+from ..states import ABSENT
 
 UNKNOWN = ABSENT  # what an evicted token is where the cache does not trace
 LABELLED = 80  # tokens up to which a picture names every one
@@ -33,18 +31,19 @@ class Fates:
     holders: list[Tensor]
 
     @classmethod
-    def of(cls, cache: "MergingDynamicCache", row: int) -> "Fates":
-        """Of a row of a cache's batch.
+    def of(cls, layers: Mapping[int, MergingLayer], row: int) -> "Fates":
+        """Of a row of the batch that these layers hold, by their indices.
 
         Raises:
-            ValueError: if there is no such row, or the cache is empty.
+            ValueError: if there is no such row, or the layers are empty.
         """
-        folding = [layer for layer in cache.folding_layers if layer.num_stored]
+        folding = {index: layer for index, layer in layers.items() if layer.num_stored}
         if not folding:
             raise ValueError("the cache is empty, so there is nothing to show; generate with it first")
-        if not 0 <= row < folding[0].batch:
-            raise ValueError(f"row is {row}, and the cache holds a batch of {folding[0].batch} rows")
-        return cls([layer.layer_idx for layer in folding], [layer.fates(row).cpu() for layer in folding])
+        batch = next(iter(folding.values())).batch
+        if not 0 <= row < batch:
+            raise ValueError(f"row is {row}, and the cache holds a batch of {batch} rows")
+        return cls(list(folding), [layer.fates(row).cpu() for layer in folding.values()])
 
     @property
     def num_tokens(self) -> int:
@@ -55,6 +54,13 @@ class Fates:
     def traced(self) -> bool:
         """Whether it is known where the evicted went."""
         return all((holders != UNKNOWN).all() for holders in self.holders)
+
+
+class Folded(Protocol):
+    """A cache that tells what became of its tokens."""
+
+    def fates(self, row: int) -> Fates:
+        """Of a row of its batch."""
 
 
 def new_figure(width: float, height: float, rows: int = 1) -> tuple[Any, list[Any]]:
@@ -81,7 +87,7 @@ def render(package: str, name: str, **values: Any) -> str:
 
 
 def plot_merges(
-    cache: "MergingDynamicCache",
+    cache: Folded,
     tokens: Sequence[str] | None = None,
     *,
     row: int = 0,
@@ -123,7 +129,7 @@ def plot_merges(
         3
     """
     check_number("row", row, int)
-    fates = Fates.of(cache, row)
+    fates = cache.fates(row)
     if tokens is not None and (isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens)):
         raise TypeError(f"tokens is {type(tokens).__name__}; give a list of strings, a string for each token")
     if tokens is not None and len(tokens) < fates.num_tokens:

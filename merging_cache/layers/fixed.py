@@ -1,7 +1,6 @@
 """A folded cache with room for a known number of tokens and no more: what `torch.compile` and CUDA graphs can run.
 
-Every tensor keeps its size and place while tokens are decoded. Knows the layers of `layer.py` and transformers' static
-ones.
+Every tensor keeps its size and place while tokens are decoded. Knows `MergingLayer` and transformers' static layers.
 """
 
 from typing import Any, NoReturn
@@ -9,17 +8,31 @@ from typing import Any, NoReturn
 import torch
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
-from .layer import MergingLayer
+from ..storage import FixedStorage
+from .merging import MergingLayer
 from .seen import TokensSeen
 
 
 class FixedLayer(StaticLayer):
     """The slots and the tail of a folded layer, followed by room for `max_new_tokens` more."""
 
+    is_croppable = False
+
     def __init__(self, layer: MergingLayer, max_new_tokens: int) -> None:
-        super().__init__(max_cache_len=layer.num_stored + max_new_tokens)
+        self.storage = FixedStorage(layer.storage, max_new_tokens)
+        super().__init__(max_cache_len=self.storage.length)
+        self.device = layer.device
+        self.keys, self.values = self.storage.read()
+        self.cumulative_length = self.storage.count
         self.folded_away = layer.seen - layer.num_stored
-        fill(self, layer.keys, layer.values)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the keys and values `[B, H, q, D]` of a pass; returns all of them with the room that is left."""
+        self.storage.append(key_states, value_states)
+        return self.storage.read()
 
     def get_seq_length(self) -> torch.Tensor:
         """Tokens seen, those included that were folded before."""
@@ -47,6 +60,8 @@ class FixedCache(Cache):
     On a GPU `generate` compiles the model for it, as for a `StaticCache`. It folds no more, and is independent of the
     cache that it was made from: several can go on from one prompt.
     """
+
+    is_croppable = False
 
     def __init__(self, layers: list[Any], max_new_tokens: int) -> None:
         for layer in layers:
@@ -87,17 +102,12 @@ def fixed(layer: MergingLayer | DynamicSlidingWindowLayer, max_new_tokens: int) 
         return FixedLayer(layer, max_new_tokens)
     seen, window = layer.cumulative_length, layer.sliding_window
     static = StaticSlidingWindowLayer(max_cache_len=seen + max_new_tokens, sliding_window=window)
-    room = static.max_cache_len - layer.keys.shape[2]
+    static.lazy_initialization(layer.keys, layer.values)
+    held = layer.keys.shape[2]
     # a full window moves on before it takes a token in: what is first is on its way out
-    before = (0, 0, room, 0) if seen >= static.max_cache_len else (0, 0, 0, 0)
-    fill(static, *(torch.nn.functional.pad(states, before) for states in (layer.keys, layer.values)))
+    first = static.max_cache_len - held if seen >= static.max_cache_len else 0
+    for room, states in ((static.keys, layer.keys), (static.values, layer.values)):
+        room[:, :, first : first + held] = states
+    static.cumulative_length.fill_(first + held)
     static.cumulative_length_int = seen
     return static
-
-
-def fill(static: StaticLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Put keys and values `[B, H, S, D]` first into an empty layer."""
-    static.lazy_initialization(keys, values)
-    static.keys[:, :, : keys.shape[2]] = keys
-    static.values[:, :, : values.shape[2]] = values
-    static.cumulative_length.fill_(keys.shape[2])

@@ -1,13 +1,14 @@
 """Slots of heads that have different numbers of them: stored one after another without gaps, padded only to be read."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .storage import DenseStorage
+from ..states import Slots
+from .base import EvenStorage, Storage
 
 
 @dataclass(frozen=True)
@@ -64,35 +65,48 @@ class RaggedLayout:
         return self.starts.nbytes + self.lengths.nbytes
 
 
-class RaggedStorage:
+class RaggedStorage(Storage):
     """Storage whose slots follow a `RaggedLayout`, and whose tail is the same for all heads.
 
-    It offers what `DenseStorage` does, except that its slots are never replaced (a fold makes another); `length` and
-    `read` speak of heads padded to the longest.
+    `length` and `read` speak of heads padded to the longest; where a head has no slot, keys and values are those of
+    another, which masks must hide.
 
     Args:
-        new_storage: makes the storages it is built of, one for the slots of all rows and heads and one for the tail.
-        layout: where the slots lie.
-        keys, values: `[B, H, S, D]`, the slots, padded as the layout says.
+        new_storage: makes the storages it is built of, one for the tail and one for the slots of all rows and heads as
+            if they were those of one head.
+        slots: as a fold left them.
     """
 
-    def __init__(
-        self, new_storage: Callable[[], DenseStorage], layout: RaggedLayout, keys: Tensor, values: Tensor
-    ) -> None:
-        self.layout = layout
-        self.slots, self.tail = new_storage(), new_storage()
-        valid = layout.valid
-        self.slots.replace(keys[valid][None, None], values[valid][None, None])
+    def __init__(self, new_storage: Callable[[], EvenStorage], slots: Slots) -> None:
+        self.layout = RaggedLayout.of_valid(slots.valid)
+        self._slots, self._tail = new_storage(), new_storage()
+        parts = (slots.keys, slots.values, slots.positions, slots.log_mass)
+        self._slots.fill(*(None if part is None else part[slots.valid][None, None] for part in parts))
 
     @property
     def length(self) -> int:
-        """Slots of the longest head, and the tail."""
-        return self.layout.longest + self.tail.length
+        return self.layout.longest + self._tail.length
+
+    @property
+    def num_slots(self) -> int:
+        return self.layout.longest
+
+    @property
+    def positions(self) -> Tensor:
+        return self.layout.pad(self._slots.positions[0, 0], -1)
+
+    @property
+    def log_mass(self) -> Tensor | None:
+        log_mass = self._slots.log_mass
+        return None if log_mass is None else self.layout.pad(log_mass[0, 0], 0.0)
+
+    @property
+    def valid(self) -> Tensor:
+        return self.layout.valid
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, H, length, D]`; where a head has no slot, those of another, which masks must hide."""
-        tails = self.tail.read() if self.tail.length else (None, None)
-        keys, values = (self._padded(slots[0, 0], tail) for slots, tail in zip(self.slots.read(), tails, strict=True))
+        tails = self._tail.read() if self._tail.length else (None, None)
+        keys, values = (self._padded(slots[0, 0], tail) for slots, tail in zip(self._slots.read(), tails, strict=True))
         return keys, values
 
     def _padded(self, slots: Tensor, tail: Tensor | None) -> Tensor:
@@ -105,52 +119,50 @@ class RaggedStorage:
         return torch.cat(parts).view(batch, heads, self.length, -1)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Store the keys and values of new tokens."""
-        self.tail.append(keys, values)
+        self._tail.append(keys, values)
 
     def settle(self) -> None:
-        """Quantize what gathered in the tail, where the storage does."""
-        self.tail.settle()
+        self._tail.settle()
 
     def truncate(self, length: int) -> None:
-        """Forget all tokens after the first `length`, which must be of the tail."""
-        self.tail.truncate(length - self.layout.longest)
+        self._tail.truncate(length - self.layout.longest)
 
-    def select_rows(self, indices: Tensor) -> Tensor | None:
-        """Make row `indices[i]` of the batch row i; returns which of the N slots are left, where not all are."""
-        left = self._free_rows(indices)
+    def select_rows(self, indices: Tensor) -> None:
+        self._free_rows(indices)
         self.layout = self.layout.select_rows(indices)
-        if self.tail.length:
-            self.tail.select_rows(indices)
-        return left
+        self._tail.select_rows(indices)
 
-    def _free_rows(self, kept: Tensor) -> Tensor | None:
-        """Give back the memory of rows that are not among the `kept`, where that is worth copying the others.
-
-        What is quantized stays: it was packed in one piece.
-        """
+    def _free_rows(self, kept: Tensor) -> None:
+        """Give back the memory of rows that are not among the `kept`, where that is worth copying the others."""
         starts, lengths = self.layout.starts, self.layout.lengths
         used = torch.zeros(len(lengths), dtype=torch.bool, device=lengths.device)
         used[kept.to(lengths.device)] = True
         num_used = int(lengths[used].sum())
-        if not isinstance(self.slots, DenseStorage) or not 0 < num_used <= self.slots.length // 2:
-            return None
-        slots = self.layout.select_rows(used).spans
-        flat = torch.cat([torch.arange(first, first + count, device=starts.device) for first, count in slots])
-        keys, values = self.slots.read()
-        self.slots.replace(keys[:, :, flat], values[:, :, flat])
+        if self._slots.is_packed or not 0 < num_used <= self._slots.length // 2:
+            return
+        spans = self.layout.select_rows(used).spans
+        left = torch.cat([torch.arange(first, first + count, device=starts.device) for first, count in spans])
+        parts = (*self._slots.read(), self._slots.positions, self._slots.log_mass)
+        self._slots.fill(*(None if part is None else part[:, :, left.to(part.device)] for part in parts))
         stored = lengths * used.unsqueeze(1)
         ends = stored.flatten().cumsum(0).view_as(lengths)
         self.layout = RaggedLayout(ends - stored, lengths, self.layout.longest)
-        return flat
 
     def to(self, device: torch.device | str) -> None:
-        """Move everything to `device`."""
-        self.slots.to(device)
-        if self.tail.length:
-            self.tail.to(device)
+        self._slots.to(device)
+        self._tail.to(device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
-        return self.slots.nbytes + self.tail.nbytes + self.layout.nbytes
+        return self._slots.nbytes + self._tail.nbytes + self.layout.nbytes
+
+
+def store(slots: Slots, new_storage: Callable[[], EvenStorage]) -> Storage:
+    """A storage that holds the slots of a fold, of such as `new_storage` makes; ragged where heads differ."""
+    if slots.log_mass is not None and not slots.log_mass.any():
+        slots = replace(slots, log_mass=None)
+    if slots.valid is not None:
+        return RaggedStorage(new_storage, slots)
+    storage = new_storage()
+    storage.fill(slots.keys, slots.values, slots.positions, slots.log_mass)
+    return storage

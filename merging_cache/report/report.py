@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .layer import MergingLayer
-from .mergers import MERGERS, QUERY_SOURCES
+from ..layers import MergingLayer
+from ..mergers import MERGERS, QUERY_SOURCES
+from ..stage import summarize_stage
 from .picture import plot_merges
-from .stage import summarize_stage
 
 COLUMNS = ("layer", "kind", "seen", "slots", "merged", "dropped", "bytes", "DynamicCache", "share", "merger")
 

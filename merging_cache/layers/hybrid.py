@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import cache_utils
 
-from .layer import MergingLayer
+from .merging import MergingLayer
 
 # older transformers (before 5.5) keep the caches of such models in the models themselves
 HybridLayer = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)

@@ -1,0 +1,10 @@
+"""The layers of a cache: what each holds, when it folds, and what it tells transformers."""
+
+from .fixed import FixedCache
+from .hybrid import HybridLayer, MergingHybridLayer
+from .merging import MergingLayer
+from .padding import Padding
+from .seen import TokensSeen
+from .shared import Shared
+
+__all__ = ["FixedCache", "HybridLayer", "MergingHybridLayer", "MergingLayer", "Padding", "Shared", "TokensSeen"]

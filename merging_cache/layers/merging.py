@@ -1,0 +1,322 @@
+"""MergingLayer: when one attention layer is folded, what it remembers until then, and what transformers is told.
+
+Knows nothing of how tokens are scored, chosen and merged (`fold.py`), of where they lie (`storage/`), or of the words
+in which it refuses (`guards.py`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..mergers import Merger
+from ..model import Pass
+from ..states import LayerStates, Slots, Tally
+from ..storage import store
+from .guards import Guards
+from .observed import Observed, by_stored_head
+from .shared import Shared
+from .stored import StoredLayer
+
+
+class MergingLayer(StoredLayer):
+    """A full-attention layer that folds.
+
+    Args:
+        shared: what it shares with the other layers of its cache.
+        layer_idx: its index.
+        layer_rank: `(i, n)`, this is folding layer `i` of `n`; `None` where that is not known.
+    """
+
+    def __init__(self, shared: Shared, layer_idx: int, layer_rank: tuple[int, int] | None = None) -> None:
+        self.layer_rank = layer_rank
+        self._guards = Guards(layer_idx, shared)
+        super().__init__(shared, layer_idx)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.record_past = False
+        self._drafting = False  # a recorded prompt was cropped, so what comes next are drafts and not a prompt
+        self._fold_due = False
+        self._awaits_attention = False  # of the last pass
+        self._prompt: tuple[Tensor, Tensor] | None = None  # keys and values of a pass whose attention is to be observed
+        self._observed = Observed()
+
+    @property
+    def merger(self) -> Merger | None:
+        """What becomes of the tokens that this layer evicts; `None` where it evicts none."""
+        return None if self._shared.config.compression_ratio == 0 else self._shared.fold.merger
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, what was observed included."""
+        return super().nbytes + self._observed.nbytes
+
+    # Growing ----------------------------------------------------------------------------------------------------------
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the keys and values `[B, H, q, D]` of a pass, fold if it is time, return all that the pass attends to.
+
+        What is returned is never folded by this pass's own tokens: a prompt attends to itself in full. Where the model
+        is linked, the fold waits until that attention is done (see `attended`).
+
+        Raises:
+            ValueError: for an empty pass, another batch size or shape than what is stored, or states that cannot be
+                folded. Nothing is stored then. Also if an earlier pass did not bring what the fold needs.
+        """
+        config, fold = self._shared.config, self._shared.fold
+        self._guards.check_pass(key_states, value_states, self._shape if self.num_stored else None, self.seen)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[2]
+        self._miss_attention()
+        if self._folds_before(new):
+            self._fold_if_due()
+        if self._has_fitted_slots:
+            self._read_by_link()
+        is_prompt = new > 1 or not self.num_stored  # the first token of all is a prompt, too
+        is_prompt = is_prompt and not self._drafting and config.compression_ratio != 0
+        self.append(key_states, value_states)
+        keys, values = self.storage.read()
+        if is_prompt and fold.is_due(self.num_stored, self.seen, config.num_slots(self.seen)):
+            self._fold_due = True
+        is_observed = is_prompt and self._shared.link.expected
+        if is_observed or self._has_fitted_slots:
+            self._awaits_attention = True
+            self._prompt = (keys, values) if is_observed else None
+            Pass(self, self.layer_idx, keys.shape[2], *self._fitted_slots()).announce(keys)
+        if not is_observed:
+            self._end_pass(new, keys, values)
+        return keys, values
+
+    def attended(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor | None,
+        module: torch.nn.Module,
+        scaling: float | None,
+        hidden_states: Tensor | None,
+    ) -> None:
+        """The attention of the last pass is done: observe its queries, and fold if it is time.
+
+        Args:
+            query: `[B, Hq, q, D]`, after RoPE.
+            key, value: what the attention was given.
+            visible: `[B, L]` bool, the keys that are not padding, or `None` where none is.
+            module, scaling: the attention module and its factor on the logits.
+            hidden_states: `[B, q, hidden]`, the module's input, where someone asked for it.
+        """
+        prompt, self._prompt, self._awaits_attention = self._prompt, None, False
+        if prompt is None:
+            return
+        (keys, values), fold, new = prompt, self._shared.fold, query.shape[2]
+        self._guards.check_attended_heads(key.shape[1], keys.shape[1])
+        padding = None if visible is None else ~visible[:, -new:]
+        self._shared.padding.observe(padding, self.seen - new, query.shape[0])
+        self._observed.meet(module, scaling, fold)
+        self._guards.check_hidden_states(hidden_states)
+        if fold.observes:
+            with self._in_full_precision():
+                queries = by_stored_head(query.detach(), key, keys)
+                self._guards.check_comparable(queries, key, keys)
+                self._observed.receive(queries, self.seen - new, hidden_states)
+                if not self.record_past:
+                    self._observed.digest(fold, self._states(keys, values))
+        self._end_pass(new, keys, values)
+
+    def _end_pass(self, new: int, keys: Tensor, values: Tensor) -> None:
+        """After a pass of `new` tokens: fold if that is due now, or let what is stored settle.
+
+        Args:
+            new: how many tokens it had.
+            keys, values: all that is stored.
+        """
+        if self._fold_due and not self.record_past and self._shared.config.fold_at == "prefill":
+            try:
+                self._fold_if_due(keys, values)
+            except Exception:
+                self._fold_due = False
+                self.take_back(new)
+                raise
+        if not self._fold_due and self._folds_before(new):
+            self.storage.settle()
+
+    def _folds_before(self, new: int) -> bool:
+        """Whether a fold that is due is done no later than before a pass of `new` tokens."""
+        return not self.record_past and (new == 1 or self._shared.config.fold_at == "prefill")
+
+    @contextmanager
+    def _in_full_precision(self) -> Iterator[None]:
+        """Scores are computed in fp32 and without gradients, whatever the model runs in."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            yield
+
+    # Attention that the mask of transformers does not fit -------------------------------------------------------------
+
+    @property
+    def _has_fitted_slots(self) -> bool:
+        """Whether there are slots for which transformers' mask has to be fitted: it is made for another layer's."""
+        return self.storage.num_slots > 0 and (self._shared.fold.fits_masks or self.storage.log_mass is not None)
+
+    def _fitted_slots(self) -> tuple[int, Tensor | None]:
+        """How many slots the mask has to be fitted to, and `[B, H, S]`, what is added to their attention logits."""
+        if not self._has_fitted_slots:
+            return 0, None
+        return self.num_slots, self.storage.bias(torch.finfo(self.dtype).min)
+
+    def _read_by_link(self) -> None:
+        """Refuse a pass that cannot read this layer's slots, or did not read those of the layer before."""
+        self._guards.check_linked()
+        if (other := self._shared.link.reads(self)) is not None:
+            other._miss_attention()  # the first layer whose slots nobody read stops the pass that it spoils
+
+    def _miss_attention(self) -> None:
+        """Go on without an attention that never came, if that is possible."""
+        if self._awaits_attention:
+            self._guards.check_attention_came()
+        self._prompt, self._awaits_attention = None, False
+
+    # Folding ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def _slots_when_due(self) -> int:
+        """How many tokens are stored once the fold that is due, if one is, has been done.
+
+        Where layers differ this is not known before, and need not be: masks are fitted to each layer then.
+        """
+        if not self._fold_due:
+            return self.num_stored
+        padding = self._shared.padding.of_tokens(self.positions[:, 0])
+        width = self._shared.fold.width(padding, self._shared.config.num_slots(self.seen))
+        return min(self.num_stored, width)
+
+    def _fold_if_due(self, *stored: Tensor) -> None:
+        """Fold what is stored, if that is due; `stored` are its keys and values where they are at hand."""
+        if self._fold_due:
+            self._replace(self._folded(*(stored or self.storage.read())))
+        self._fold_due = False
+
+    def _folded(self, keys: Tensor, values: Tensor) -> Slots:
+        """Fold what is stored; changes nothing here."""
+        self._guards.check_mergeable(self._shape)
+        self._guards.check_owner(self._observed.owner)
+        padding, num_slots = self._shared.padding, self._shared.config.num_slots(self.seen)
+        padding.warn_if_unknown(keys)
+        with self._in_full_precision():
+            slots = self._shared.fold(self._states(keys, values), num_slots)
+        return replace(slots, positions=padding.sequence_positions(slots.positions))
+
+    def _states(self, keys: Tensor, values: Tensor) -> LayerStates:
+        """Everything that is stored and was observed, with positions that do not count padding."""
+        positions, valid, observed = self.positions, self.storage.valid, self._observed
+        row_positions = self._shared.padding.row_positions
+        # padding is evicted from all heads alike, so one head's positions tell
+        padding = self._shared.padding.of_tokens(positions[:, 0])
+        if valid is not None:
+            valid = torch.nn.functional.pad(valid, (0, self._tail), value=True)
+            if padding is not None:
+                padding[:, : self.num_slots] = False  # none is among ragged slots
+                padding = padding if padding.any() else None
+        return LayerStates(
+            keys=keys,
+            values=values,
+            positions=row_positions(positions),
+            log_mass=self.log_mass,
+            padding=padding,
+            valid=valid,
+            queries=observed.queries,
+            query_positions=None if observed.queries is None else row_positions(observed.positions),
+            hidden_states=observed.hidden_states,
+            remembered={name: one.resized(self.num_stored) for name, one in observed.remembered.items()},
+            module=observed.owner.module,
+            rotary=observed.owner.rotary,
+            scaling=observed.scaling,
+            layer_idx=self.layer_idx,
+            layer_rank=self.layer_rank,
+            traced=self._shared.traced,
+            known_seen=None if self._shared.padding.is_there else self.seen,
+        )
+
+    def _replace(self, slots: Slots) -> None:
+        """Store folded slots in place of everything."""
+        self.storage = store(slots, self._shared.new_storage)
+        self._observed.settle(self._shared.fold, slots)
+        self.tally = Tally.after(self.tally, slots)
+
+    def finish(self) -> None:
+        """Fold if that is due, since only single tokens follow, and check that they need nothing but keys and values.
+
+        Raises:
+            ValueError: for an empty layer, one that records the past, or slots that only the linked attention can read.
+        """
+        self._guards.check_fixable(is_empty=not self.num_stored, records=self.record_past)
+        self._miss_attention()
+        self._fold_if_due()
+        self._guards.check_plain(self._has_fitted_slots)
+
+    def release(self) -> None:
+        """Forget the attention module, so that this cache does not keep the model alive."""
+        self._observed.owner = self._observed.owner.forgotten()
+
+    def _select_rows(self, indices: Tensor) -> None:
+        super()._select_rows(indices)
+        self._observed.select_rows(indices)
+
+    # What transformers is told ----------------------------------------------------------------------------------------
+
+    def get_seq_length(self) -> int:
+        """Tokens seen: positions and masks count these, whatever is stored."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """`(stored + query_length, seen - stored)`: keys in the next pass, and how many columns of the mask to skip."""
+        stored = self._slots_when_due if self._folds_before(query_length) else self.num_stored
+        return stored + query_length, self.seen - stored
+
+    def activate_past_recording(self) -> None:
+        """Fold nothing until the next `crop`, so that tokens appended from here on can be taken back."""
+        self.record_past = True
+        self._drafting = False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can put the layer back as it was, unless the past is recorded: not once tokens were folded.
+
+        Nor once a stage has observed them, since what it remembers of all queries cannot be undone.
+        """
+        return self.record_past or (self.num_slots == 0 and self._observed.until == 0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens (0 or negative); then fold what was waiting for it.
+
+        Raises:
+            ValueError: if it would reach into slots that stand for several tokens, or for a positive number where the
+                installed transformers no longer takes one.
+        """
+        remove = self.check_crop(tokens_to_remove)
+        if not self.num_stored:
+            return
+        self._miss_attention()
+        if self._is_offloaded:
+            self.prefetch()
+        self.take_back(remove)
+        self._observed.truncate(self.seen, self.num_stored)
+        if self.record_past:
+            self._drafting = True
+            if self._shared.fold.observes and self._observed.new:
+                with self._in_full_precision():
+                    self._observed.digest(self._shared.fold, self._states(*self.storage.read()))
+            self._fold_if_due()
+            self.storage.settle()
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """How many tokens `crop(tokens_to_remove)` removes; raises what it would raise."""
+        if not self.num_stored:  # an unused layer has nothing to give back
+            return self._guards.removed(tokens_to_remove, self.seen)
+        slots, tail, observed = self.num_slots, self._tail, self._observed.until
+        return self._guards.check_crop(tokens_to_remove, self.seen, slots, tail, observed)

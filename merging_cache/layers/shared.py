@@ -1,0 +1,43 @@
+"""What the layers of one cache share: how they fold, their batch's padding, and the link to their model."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..config import MergingConfig
+from ..fold import Fold
+from ..model import Link
+from ..storage import EvenStorage
+from .padding import Padding
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What belongs to a cache and not to one of its layers.
+
+    A layer that is copied alone stays its cache's, so the copy shares this, too (models that loop over their layers
+    copy some onto the end of a cache); a cache that is copied whole gets its `twin`.
+
+    Args:
+        config: the options.
+        fold: the fold that they describe.
+        padding: which tokens of the batch are padding.
+        link: the cache's side of the link to its model.
+        new_storage: makes the storage of a layer.
+        traced: whether to keep where every evicted token went.
+    """
+
+    config: MergingConfig
+    fold: Fold
+    padding: Padding
+    link: Link
+    new_storage: Callable[[], EvenStorage]
+    traced: bool = False
+
+    def twin(self) -> "Shared":
+        """For a copy of the cache: another batch, linked and released by itself."""
+        return replace(self, padding=copy.deepcopy(self.padding), link=copy.deepcopy(self.link))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
+        return self

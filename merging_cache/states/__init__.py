@@ -1,0 +1,26 @@
+"""The records that pass between the stages of a fold: what a layer holds, which tokens survive, what is stored.
+
+Plain tensors and nothing else: scorers, budgets and mergers know these records and torch, never transformers.
+"""
+
+from .layer import TILE, LayerStates, ReferenceQueries, Statistics, readers_of
+from .slots import ABSENT, DROPPED, Slots, Survivors, count_evicted, gather_tokens, holders_of, top_tokens
+from .tally import Tally, fates_of_row
+
+__all__ = [
+    "ABSENT",
+    "DROPPED",
+    "TILE",
+    "LayerStates",
+    "ReferenceQueries",
+    "Slots",
+    "Statistics",
+    "Survivors",
+    "Tally",
+    "count_evicted",
+    "fates_of_row",
+    "gather_tokens",
+    "holders_of",
+    "readers_of",
+    "top_tokens",
+]

@@ -1,0 +1,127 @@
+"""What every storage of a layer can do. Storages know how keys and values lie in memory, and never when to fold."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+class Storage(ABC):
+    """Keeps the tokens of one layer: the slots of its last fold, followed by the tail, the tokens appended since.
+
+    Keys and values are `[B, H, S, D]`, in full precision as they are appended and read.
+    """
+
+    # What is stored ---------------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """S, the slots (of the head that has most) and the tail together."""
+
+    @property
+    @abstractmethod
+    def num_slots(self) -> int:
+        """How many of them are slots; 0 before the first fold."""
+
+    @property
+    @abstractmethod
+    def positions(self) -> Tensor | None:
+        """`[B, H, num_slots]`, the position of each slot's survivor, -1 where a head has no slot; `None` without."""
+
+    @property
+    @abstractmethod
+    def log_mass(self) -> Tensor | None:
+        """`[B, H, num_slots]`, what is added to each slot's attention logits; `None` where there is nothing to add."""
+
+    @property
+    def valid(self) -> Tensor | None:
+        """`[B, H, num_slots]` bool, where there is a slot, the last ones of each head; `None` where heads agree."""
+        return None
+
+    def bias(self, least: float) -> Tensor | None:
+        """`[B, H, num_slots]`, `log_mass` and `least` where a head has no slot; `None` where both are none."""
+        valid, log_mass = self.valid, self.log_mass
+        if valid is None:
+            return None if log_mass is None else log_mass.float()
+        bias = torch.zeros(valid.shape, device=valid.device) if log_mass is None else log_mass.float()
+        return bias.masked_fill(~valid, least)
+
+    @abstractmethod
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all that is stored; valid until something is appended, taken away or replaced."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes allocated, room to spare included."""
+
+    # How it changes ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add the keys and values of new tokens to the tail."""
+
+    def settle(self) -> None:  # noqa: B027 (most have nothing to do then)
+        """What is stored will stay as it is for now; a storage that quantizes does so now."""
+
+    @abstractmethod
+    def truncate(self, length: int) -> None:
+        """Forget all tokens after the first `length`, which are of the tail."""
+
+    @abstractmethod
+    def select_rows(self, indices: Tensor) -> None:
+        """Make row `indices[i]` of the batch row i."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> None:
+        """Move keys and values to `device`; positions and mass, a few bytes a slot, stay."""
+
+
+class EvenStorage(Storage):
+    """Storage in which all heads have equally many slots."""
+
+    is_packed: ClassVar[bool] = False
+    """Whether slots were packed together, so that taking some of them out means to pack the others again."""
+
+    def __init__(self) -> None:
+        self._positions: Tensor | None = None
+        self._log_mass: Tensor | None = None
+
+    @property
+    def num_slots(self) -> int:
+        return 0 if self._positions is None else self._positions.shape[2]
+
+    @property
+    def positions(self) -> Tensor | None:
+        return self._positions
+
+    @property
+    def log_mass(self) -> Tensor | None:
+        return self._log_mass
+
+    def fill(self, keys: Tensor, values: Tensor, positions: Tensor, log_mass: Tensor | None) -> None:
+        """Store these slots in place of everything.
+
+        Args:
+            keys, values: `[B, H, S, D]`, which the storage may keep as its own.
+            positions, log_mass: `[B, H, S]`.
+        """
+        self._positions = positions.int()  # 4 bytes a slot; a view of 8 would count against small heads
+        self._log_mass = log_mass
+        self._store(keys, values)
+
+    @abstractmethod
+    def _store(self, keys: Tensor, values: Tensor) -> None:
+        """Store these in place of everything."""
+
+    def select_rows(self, indices: Tensor) -> None:
+        if self._positions is not None:
+            self._positions = self._positions.index_select(0, indices.to(self._positions.device))
+        if self._log_mass is not None:
+            self._log_mass = self._log_mass.index_select(0, indices.to(self._log_mass.device))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self._positions, self._log_mass) if part is not None)

@@ -1,0 +1,62 @@
+"""Keys and values in buffers that never grow or move: what compiled code and CUDA graphs can write to."""
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from .base import Storage
+
+
+class FixedStorage(Storage):
+    """What another storage holds, followed by room for so many tokens and no more.
+
+    Args:
+        held: the other storage, with slots that need nothing but keys and values to be read; it is copied.
+        room: how many tokens may be appended.
+    """
+
+    def __init__(self, held: Storage, room: int) -> None:
+        keys, values = held.read()
+        self._num_slots, self._positions = held.num_slots, held.positions
+        self.count = torch.tensor(held.length, device=keys.device)  # a number would be compiled into the graph
+        self._keys, self._values = (torch.nn.functional.pad(states, (0, 0, 0, room)) for states in (keys, values))
+        for tensor in (self._keys, self._values, self.count):
+            torch._dynamo.mark_static_address(tensor)
+
+    @property
+    def length(self) -> int:
+        """S, room included."""
+        return self._keys.shape[2]
+
+    @property
+    def num_slots(self) -> int:
+        return self._num_slots
+
+    @property
+    def positions(self) -> Tensor | None:
+        return self._positions
+
+    @property
+    def log_mass(self) -> None:
+        return None
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, zeros in the room that is left, which masks must hide."""
+        return self._keys, self._values
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        places = torch.arange(keys.shape[2], device=self.count.device) + self.count
+        self.count.add_(keys.shape[2])
+        self._keys[:, :, places] = keys
+        self._values[:, :, places] = values
+
+    def _refuse(self, *args: object) -> NoReturn:
+        """Not possible: nothing is taken back, and rows stay where they are."""
+        raise ValueError("fixed storage cannot be cropped or moved, nor its rows selected")
+
+    truncate = select_rows = to = _refuse
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self._keys, self._values, self._positions) if part is not None)
