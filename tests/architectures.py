@@ -6,7 +6,7 @@ import functools
 import warnings
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -16,6 +16,7 @@ MOST_PARAMETERS = 5_000_000
 # what makes a config small, under every name in use; only attributes that a config has are set
 SMALL = {
     "vocab_size": VOCABULARY,
+    "unpadded_vocab_size": VOCABULARY,
     "hidden_size": 64,
     "n_embd": 64,
     "d_model": 64,
@@ -42,6 +43,9 @@ SMALL = {
     "num_key_value_heads": 2,
     "num_kv_heads": 2,
     "head_dim": 16,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 16,
     "kv_channels": 16,
     "attention_head_dim": 16,
     "rotary_dim": 8,
@@ -105,9 +109,12 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_lay
 PER_LAYER_LISTS = ("layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "attn_types", "moe_layers")
 
 
+WITH_IMAGES = ("hy_v4_vl",)  # generate text, too, but transformers has no causal LM of this name
+
+
 def causal_lm_types() -> list[str]:
-    """The model types with a causal LM, sorted."""
-    return sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING)
+    """The model types that generate text, sorted."""
+    return sorted(name for name in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *WITH_IMAGES) if name in CONFIG_MAPPING)
 
 
 EVEN_IF_NONE = {"head_dim", "num_key_value_heads"}
@@ -116,6 +123,14 @@ EVEN_IF_NONE = {"head_dim", "num_key_value_heads"}
 SPECIAL = {
     "bamba": {"attn_layer_indices": [1]},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
+    # sizes of its sliding-window layers are not those of the others; its full attention is not sparse here
+    "dots3_note_text": {"use_dsa": False, "layer_types": ["sliding_attention", "full_attention"]}
+    | {"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "head_dim": 8}
+    | {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 32, "swa_kv_lora_rank": 48}
+    | {"swa_qk_nope_head_dim": 16, "swa_head_dim": 24, "swa_v_head_dim": 16, "shared_experts_intermediate_size": 32},
+    # both layers are run twice
+    "dory": {"n_input_layers": 0, "n_recurrent_layers": 2, "n_output_layers": 0},
+    "inkling2_loop_text": {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4},
@@ -169,9 +184,9 @@ def _tiny_config(model_type: str, layers: int):
     except Exception:
         config = copy.deepcopy(defaults)
         set_what_can_be(config, values)
-    text = config.get_text_config(decoder=True)
-    if text is not config:
-        set_what_can_be(text, small_values(text, layers))
+    for part in (config.get_text_config(decoder=True), getattr(config, "vision_config", None)):
+        if part is not None and part is not config:
+            set_what_can_be(part, small_values(part, layers))
     return config
 
 
@@ -190,11 +205,12 @@ def tiny_model(model_type: str, layers: int = 2, attention: str = "sdpa", seed: 
     """
     torch.manual_seed(seed)
     config = tiny_config(model_type, layers)
+    family = AutoModelForImageTextToText if model_type in WITH_IMAGES else AutoModelForCausalLM
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.device("meta"):
-            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+            size = sum(p.numel() for p in family.from_config(copy.deepcopy(config)).parameters())
         if size > MOST_PARAMETERS:
             raise ValueError(f"{model_type} has {size:,} parameters, which is not tiny")
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        model = family.from_config(config, attn_implementation=attention, dtype=torch.float32)
     return model.eval()

@@ -19,11 +19,12 @@ from merging_cache import MergingDynamicCache, Scorer
 from merging_cache.model import cache_argument, can_link
 
 LENGTH, WINDOW = 48, 16
-TESTED, EXACT, QUERIES, ALL = "5.23.0", 137, 116, 189  # where the numbers of architectures are known
+TESTED, EXACT, QUERIES, ALL = "5.24.0", 145, 124, 197  # where the numbers of architectures are known
 
 # why an architecture is not among those that fold, by what stops it first
 NOT_BUILT = "cannot be built small from its config class alone"
 NOT_RUN = "does not run with transformers' own DynamicCache as built here"
+NEEDS_IMAGES = "widens the mask of its second pass by the tokens of an image, of which there is none here"
 NO_FULL_ATTENTION = "has no layer of full attention over cached keys and values"
 POSITION_BIAS = "adds a bias or a window by a key's place in the cache: refused"
 MIXES_HEADS = "reads the values of several KV heads together: refused"
@@ -54,6 +55,8 @@ class NotTriedError(Exception):
 
 def tried(model_type, attention=None):
     """A tiny model, a prompt and one more token for it, the logits of the prompt, and what else it has to be told."""
+    if model_type == "git":
+        raise NotTriedError(NEEDS_IMAGES)
     try:
         model = built(model_type) if attention is None else tiny_model(model_type, attention=attention)
     except Exception as error:
@@ -132,10 +135,28 @@ def test_every_architecture_is_exact_or_refused():
     for name, how in others.items():
         print(f"{name}: {how}")
     refused = {name for name, how in others.items() if how in (POSITION_BIAS, MIXES_HEADS, ENFORCES_POSITIONS)}
-    assert refused <= {"bloom", "mpt", "inkling_text", "inkling2_text", "prophetnet", "gpt_neo", "diffllama", "doge"}
+    inkling = {"inkling_text", "inkling2_text", "inkling2_loop_text"}
+    assert refused <= {"bloom", "mpt", "prophetnet", "gpt_neo", "diffllama", "doge", *inkling}
     assert len(exact) >= 105
     if transformers.__version__ == TESTED:  # what the README says
         assert (len(exact), len(outcomes)) == (EXACT, ALL)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_defaults_are_refused_only_where_something_folds():
+    """A merger that the model does not allow is no matter where no layer folds."""
+    for model_type in causal_lm_types():
+        try:
+            config = built(model_type).config
+            kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+        except Exception:
+            continue
+        try:
+            cache = MergingDynamicCache(config=config)
+        except ValueError as error:
+            assert kinds & {"DynamicLayer", "LinearAttentionAndFullAttentionLayer"}, (model_type, error)
+        else:
+            assert cache.merging.compression_ratio == 0.5
 
 
 # The linked model -----------------------------------------------------------------------------------------------------
@@ -145,13 +166,15 @@ OUTSIDE = "its attention does not go through the attention interface"
 BY_NAME = "its file does one thing for sdpa and eager by name, another for all other implementations"
 OTHER_KEYS = "it attends to other keys than it caches (latent attention)"
 NO_QUERIES = {
-    OTHER_KEYS: "axk1 bailing_hybrid deepseek_v2 deepseek_v3 glm4_moe_lite kimi_linear longcat_flash minicpm3 youtu",
-    OUTSIDE: """big_bird bloom codegen falcon gpt_neox_japanese gptj megatron-bert mpt mvp prophetnet rembert
-        roformer rwkv trocr xglm xlnet""",
-    BY_NAME: "axk2 deepseek_v32 glm_moe_dsa hy_v4 minimax_m3_vl_text",
-    POSITION_BIAS: "gpt_neo inkling2_text inkling_text",
+    OTHER_KEYS: """axk1 bailing_hybrid deepseek_v2 deepseek_v3 dots3_note_text glm4_moe_lite kimi_linear longcat_flash
+        minicpm3 sarvam_mla youtu""",
+    OUTSIDE: """big_bird bloom falcon gpt_neox_japanese megatron-bert mpt mvp prophetnet rembert roformer rwkv trocr
+        xglm xlnet""",
+    BY_NAME: "axk2 deepseek_v32 glm_moe_dsa hy_v4 hy_v4_vl minimax_m3_vl_text",
+    POSITION_BIAS: "gpt_neo inkling2_loop_text inkling2_text inkling_text",
     MIXES_HEADS: "diffllama doge",
 }
+OUTSIDE_BEFORE = {"codegen", "gptj"}  # transformers 5.24
 
 
 class Listener(SameInAllHeads):
@@ -254,7 +277,7 @@ def test_queries_arrive_or_are_refused():
     for name in sorted(refused):
         print(f"{name}: {listed.get(name)}")
     assert not wrong
-    assert refused <= set(listed)
+    assert refused <= listed.keys() | OUTSIDE_BEFORE
     assert len(arrived) >= 98
     if transformers.__version__ == TESTED:
         assert refused == set(listed)

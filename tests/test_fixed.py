@@ -85,6 +85,28 @@ def test_decoding_compiles_once(model_type, expected_graphs):
     assert len(graphs) == expected_graphs
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_beams_reorder_its_rows(model_type):
+    model, ids = tiny_model(model_type), prompt(50)
+    cache = prefilled(model, ids)
+    cache.batch_repeat_interleave(3)
+    fixed = cache.fixed(9)
+    how = {"num_beams": 3, "output_logits": False, "output_scores": True}
+    output = greedy(model, ids, **cache_argument(fixed), **how)
+    expected = greedy(model, ids, **cache_argument(cache), **how)
+    assert torch.equal(output.sequences, expected.sequences)
+    torch.testing.assert_close(output.sequences_scores, expected.sequences_scores, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="has 3 rows and cannot have 2"):
+        fixed.reorder_cache(torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_generate_is_told_that_it_cannot_be_cropped(model_type):
+    """Or it would stop later than asked and crop what was too much, where it checks for stops late (on MPS)."""
+    model, ids = tiny_model(model_type), prompt(50)
+    assert not prefilled(model, ids).fixed(9).is_croppable
+
+
 @pytest.mark.parametrize("options", [{"budget": "adakv"}, {"merger": "mass"}], ids=str)
 def test_what_only_linked_attention_reads_is_refused(options):
     model, ids = llama(), prompt(50)

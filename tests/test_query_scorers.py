@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import reference
-from architectures import causal_lm_types, tiny_model
+from architectures import causal_lm_types, tiny_config, tiny_model
 from merging_cache import SCORERS, LayerStates, MergingConfig, MergingDynamicCache
 from merging_cache.layers.guards import CROP_TAKES_LENGTH
-from merging_cache.model import cache_argument, linked_model, rotary_of
+from merging_cache.model import cache_argument, can_link, linked_model, rotary_of
 from merging_cache.scorers import FastKVzipScorer, KVPressScorer, KVzapScorer, QFilterScorer
 from merging_cache.scorers.wrapper import WrappingScorer
 from merging_cache.states import Statistics
@@ -554,6 +554,28 @@ def test_rotary_is_right_or_refused():
     print(f"rotary undone: {len(right)}: {' '.join(right)}\nrefused: {' '.join(refused)}")
     assert set(refused) <= {*NOT_ROTARY.split(), *OTHER_ROTARY.split()}
     assert len(right) >= 45  # of the oldest transformers; twice as many of the newest
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["codegen", "gptj"])
+@pytest.mark.parametrize("rotary_dim", [8, 16])
+def test_rotary_tables_end_where_the_model_does(family, rotary_dim):
+    """Sines before cosines, tokens before heads, of the first channels or of all: against the model's own functions."""
+    config = tiny_config(family)
+    config.rotary_dim, config.n_positions, config.n_embd = rotary_dim, 64, 64
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if not can_link(model):
+        pytest.skip("before transformers 5.24 its attention does not go through the interface")
+    cache = MergingDynamicCache(model=model, scorer={"name": "expected_attention", "n_future_positions": 512}, **WINDOW)
+    model(prompt(60), **cache_argument(cache))  # positions beyond the last are averaged over, too
+    rotary = cache.layers[0]._observed.owner.rotary
+    states, positions = torch.randn(1, 4, 5, 16), torch.tensor([[0, 3, 9, 62, 63]])
+    file = sys.modules[type(model).__module__]
+    sin, cos = model.transformer.rotary_emb(states, positions)
+    turned = file.apply_rotary_pos_emb(states.transpose(1, 2)[..., :rotary_dim], sin, cos)
+    expected = torch.cat([turned, states.transpose(1, 2)[..., rotary_dim:]], dim=-1).transpose(1, 2)
+    torch.testing.assert_close(rotary.rotated(states, positions), expected)
+    torch.testing.assert_close(rotary.unrotated(expected, positions), states, rtol=1e-4, atol=1e-5)
 
 
 def test_changing_frequencies_are_refused():

@@ -56,6 +56,17 @@ def test_the_table_is_aligned():
         assert all(line[end - 1] != " " for line in lines[2:4])
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+def test_keys_and_values_of_other_precisions_are_counted_as_such(dtypes):
+    keys, values = (torch.randn(2, 3, 40, 8, dtype=dtype) for dtype in dtypes)
+    cache = MergingDynamicCache(max_tokens=20, merger="drop", **WINDOW)
+    cache.update(keys, values, 0)
+    row = cache.report().layers[0]
+    assert row.bytes_full == keys.nbytes + values.nbytes == 2 * 3 * 40 * 8 * 6
+    assert (cache.layers[0].keys.dtype, cache.layers[0].values.dtype) == dtypes
+    assert row.bytes_now >= 2 * 3 * 20 * 8 * 6
+
+
 def test_linear_layers_are_counted():
     model = tiny_model("qwen3_next")
     cache = CACHES["dynamic"](model, compression_ratio=0.5)

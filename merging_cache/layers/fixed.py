@@ -34,6 +34,10 @@ class FixedLayer(StaticLayer):
         self.storage.append(key_states, value_states)
         return self.storage.read()
 
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make row `beam_idx[i]` row i."""
+        self.storage.select_rows(beam_idx)
+
     def get_seq_length(self) -> torch.Tensor:
         """Tokens seen, those included that were folded before."""
         return self.cumulative_length + self.folded_away

@@ -51,11 +51,20 @@ class FixedStorage(Storage):
         self._keys[:, :, places] = keys
         self._values[:, :, places] = values
 
-    def _refuse(self, *args: object) -> NoReturn:
-        """Not possible: nothing is taken back, and rows stay where they are."""
-        raise ValueError("fixed storage cannot be cropped or moved, nor its rows selected")
+    def select_rows(self, indices: Tensor) -> None:
+        """Make row `indices[i]` of the batch row i, of as many as there are."""
+        if len(indices) != len(self._keys):
+            raise ValueError(f"fixed storage has {len(self._keys)} rows and cannot have {len(indices)}")
+        for states in (self._keys, self._values):
+            states.copy_(states.index_select(0, indices.to(states.device)))
+        if self._positions is not None:
+            self._positions = self._positions.index_select(0, indices.to(self._positions.device))
 
-    truncate = select_rows = to = _refuse
+    def _refuse(self, *args: object) -> NoReturn:
+        """Not possible: nothing is taken back or moved."""
+        raise ValueError("fixed storage cannot be cropped or moved")
+
+    truncate = to = _refuse
 
     @property
     def nbytes(self) -> int:
