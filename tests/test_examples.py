@@ -101,7 +101,7 @@ def test_quickstart_prints_its_table():
 
 
 def test_the_readme_code_runs(needle, monkeypatch, tmp_path):
-    """Every Python block of the README, on the needle model instead of one from the hub."""
+    """Every Python block of the README and of the examples' own, on the needle model instead of one from the hub."""
     model, tokenizer = needle
     text = make_context(random.Random(0), 300, pairs=4)
     (tmp_path / "report.txt").write_text(text.text)
@@ -109,11 +109,13 @@ def test_the_readme_code_runs(needle, monkeypatch, tmp_path):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: model)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: tokenizer)
     names = {"context": text.text, "questions": [" " + q.prompt for q in text.questions[:2]], "torch": torch}
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 3
-    for block in blocks:
-        exec("import copy\n" + block, names)
-    assert names["cache"].merging.scorer.power == 2.0
+    for page, least in (("README.md", 3), ("examples/README.md", 2)):
+        blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+        assert len(blocks) >= least
+        for block in blocks:
+            exec("import copy\n" + block, names)
+        if page == "README.md":
+            assert names["cache"].merging.scorer.power == 2.0
 
 
 def test_the_readme_names_every_option():
