@@ -14,9 +14,9 @@ import torch
 from transformers import DynamicCache
 
 from architectures import tiny_model
-from merging_cache import MergingDynamicCache, MergingQuantizedCache, Scorer, attention, merging_attention
+from merging_cache import MergingDynamicCache, MergingQuantizedCache, Scorer, merging_attention
 from merging_cache.mergers import DropMerger
-from merging_cache.model import cache_argument
+from merging_cache.model import attention, cache_argument
 from models import WINDOW, greedy, left_padded, llama, prompt
 
 pytestmark = pytest.mark.core

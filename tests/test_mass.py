@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import reference
 from architectures import tiny_model
-from merging_cache import MERGERS, LayerStates, MergingDynamicCache, Scorer, Survivors, attention, merging_attention
+from merging_cache import MERGERS, LayerStates, MergingDynamicCache, Scorer, Survivors, merging_attention
 from merging_cache.mergers import (
     CAMMerger,
     CountMerger,
@@ -24,7 +24,7 @@ from merging_cache.mergers import (
 )
 from merging_cache.mergers import reference as by_reference
 from merging_cache.mergers.queries import StratifiedQueries
-from merging_cache.model import cache_argument
+from merging_cache.model import attention, cache_argument
 from merging_cache.states import ReferenceQueries, top_tokens
 from models import WINDOW, greedy, left_padded, llama, prompt
 

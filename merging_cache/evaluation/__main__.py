@@ -173,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"written to {output}: {', '.join(files)}")
             if not find_spec("matplotlib"):
                 print("matplotlib is not installed: no pictures (pip install 'merging_cache[plot]')", file=sys.stderr)
+    evaluation.leave()
     if stopped:
         if output is not None:
             print("stopped: the same command goes on from here", file=sys.stderr)

@@ -195,6 +195,15 @@ class Evaluation:
                 bar.update()
         return self.results
 
+    def leave(self) -> None:
+        """Leave the group of processes, all of them together; nothing is measured after that.
+
+        The threads that carry messages between processes end here: one that still runs while Python exits aborts it.
+        """
+        if self.state.num_processes > 1:
+            self.state.wait_for_everyone()
+            self.state.destroy_process_group()
+
     def _load_model(self) -> PreTrainedModel:
         config = self.config
         named = {name: getattr(config, name) for name in ("attn_implementation", "device_map")}
