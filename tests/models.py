@@ -3,7 +3,7 @@
 import torch
 
 from architectures import tiny_config, tiny_model
-from merging_cache import MergingDynamicCache, MergingQuantizedCache
+from merging_cache import MergingDynamicCache, MergingQuantizedCache, Scorer
 
 VOCABULARY = 97
 # a small window, so that few prompts are within the budget by protection alone
@@ -18,6 +18,14 @@ CACHES = {
         "fp8", config=model.config, **{"residual_length": 16} | WINDOW | options
     ),
 }
+
+
+class SameInAllHeads(Scorer):
+    """Random scores that all layers and heads share, so that an attention mask can do what dropping does."""
+
+    def score(self, states):
+        scores = torch.rand(states.num_tokens, generator=torch.Generator().manual_seed(5))
+        return scores.to(states.keys.device).expand(states.keys.shape[:3])
 
 
 def llama(attention="sdpa", layers=2):
@@ -82,6 +90,7 @@ __all__ = [
     "CACHES",
     "VOCABULARY",
     "WINDOW",
+    "SameInAllHeads",
     "assert_same_cache",
     "greedy",
     "left_padded",

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from architectures import causal_lm_types, tiny_model
 from merging_cache import MergingDynamicCache, Scorer
 from merging_cache.model import cache_argument, can_link
+from models import SameInAllHeads
 
 LENGTH, WINDOW = 48, 16
 TESTED, EXACT, QUERIES, ALL = "5.24.0", 145, 124, 197  # where the numbers of architectures are known
@@ -29,14 +30,6 @@ NO_FULL_ATTENTION = "has no layer of full attention over cached keys and values"
 POSITION_BIAS = "adds a bias or a window by a key's place in the cache: refused"
 MIXES_HEADS = "reads the values of several KV heads together: refused"
 ENFORCES_POSITIONS = "its own forward checks positions against the length of the cache: refused there"
-
-
-class SameInAllHeads(Scorer):
-    """Random scores that all layers and heads share, so that an attention mask can do what dropping does."""
-
-    def score(self, states):
-        scores = torch.rand(states.num_tokens, generator=torch.Generator().manual_seed(5))
-        return scores.to(states.keys.device).expand(states.keys.shape[:3])
 
 
 def built(model_type):

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from merging_cache import MergingDynamicCache, Scorer
+from merging_cache import MergingDynamicCache
 from merging_cache.model import cache_argument
-from models import CACHES, WINDOW, greedy, left_padded, llama, prompt, tiny_config
+from models import CACHES, WINDOW, SameInAllHeads, greedy, left_padded, llama, prompt, tiny_config
 
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("ignore")]
 
@@ -114,14 +114,6 @@ def test_padding_reaches_every_loop(told):
     step = model(token[1:], attention_mask=torch.cat([more[1:], more[1:, :1] * 0 + 1], 1), **cache_argument(kept))
     both = model(token, attention_mask=torch.cat([more, more[:, :1] * 0 + 1], 1), **cache_argument(cache))
     torch.testing.assert_close(step.logits, both.logits[1:], rtol=1e-4, atol=1e-4)
-
-
-class SameInAllHeads(Scorer):
-    """Random scores that all layers and heads share, so that an attention mask can do what dropping does."""
-
-    def score(self, states):
-        scores = torch.rand(states.num_tokens, generator=torch.Generator().manual_seed(5))
-        return scores.expand(states.keys.shape[:3])
 
 
 @loops
