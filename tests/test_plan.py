@@ -1,6 +1,7 @@
 """The plan of the package: which room may import which, read from the imports themselves."""
 
 import ast
+import importlib
 import sys
 from functools import cache
 from pathlib import Path
@@ -138,3 +139,21 @@ def test_systems_are_solved_by_cholesky(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute):
             assert node.attr not in LU, f"{path}:{node.lineno}"
+
+
+PUBLIC = {  # what users import, and from where; whichever room it lives in
+    "merging_cache": "MergingDynamicCache MergingQuantizedCache MergingConfig merging_attention plot_merges Scorer Budget "
+    "Merger LayerStates Survivors Slots CacheReport LayerReport KVPressScorer SCORERS BUDGETS MERGERS",
+    "merging_cache.scorers": "SCORERS Scorer FunctionScorer KVPressScorer build_scorer SnapKVScorer KVzapScorer",
+    "merging_cache.budgets": "BUDGETS Budget UniformBudget AdaKVBudget PyramidBudget PerLayerBudget ThresholdBudget",
+    "merging_cache.mergers": "MERGERS QUERY_SOURCES Merger QuerySource AutoMerger DropMerger MassMerger RefitMerger",
+    "merging_cache.states": "LayerStates Survivors Slots Statistics ReferenceQueries DROPPED ABSENT TILE top_tokens "
+    "gather_tokens holders_of count_evicted readers_of",
+    "merging_cache.evaluation": "Evaluation EvaluationConfig Summary Variant RULER",
+}
+
+
+@pytest.mark.parametrize("path", PUBLIC)
+def test_public_names_stay_where_they_are(path):
+    module = importlib.import_module(path)
+    assert not [name for name in PUBLIC[path].split() if not hasattr(module, name)]

@@ -127,26 +127,26 @@ def rotary_of(module: torch.nn.Module) -> Rotary:
     def not_at_all(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return states  # some layers of some models leave positions to the others
 
-    ways = [not_at_all]
-    for whole in (turned, turned_tokens_first):
-        ways += [whole, _first_part(whole, 1), _first_part(whole, 2)]
     try:
         as_given = Rotary(embedding, options, not_at_all, sines_first).as_given
         positions = torch.tensor([PROBED], device=next(module.parameters()).device)
         queries = _probe(module, positions, as_given(positions))
     except Exception as error:
         raise refusal(f"trying it out raised {type(error).__name__}: {error}") from error
-    left_over = {}
-    for way in ways:
-        rotary = Rotary(embedding, options, way, sines_first)
-        try:
-            left_over[rotary] = _spread(rotary.unrotated(queries, positions))
-        except (RuntimeError, IndexError):  # widths that do not fit
-            continue
-    best = min(left_over, key=left_over.get)
-    if not left_over[best] <= UNEXPLAINED:
-        raise refusal("rotating back does not give one query for one token")
-    return best
+    usual = (not_at_all, turned, _first_part(turned, 1))
+    others = (turned_tokens_first, *(_first_part(whole, 2) for whole in (turned, turned_tokens_first)))
+    for ways in (usual, others):
+        left_over = {}
+        for way in ways:
+            rotary = Rotary(embedding, options, way, sines_first)
+            try:
+                left_over[rotary] = _spread(rotary.unrotated(queries, positions))
+            except (RuntimeError, IndexError):  # widths that do not fit
+                continue
+        best = min(left_over, key=left_over.get, default=None)
+        if best is not None and left_over[best] <= UNEXPLAINED:
+            return best
+    raise refusal("rotating back does not give one query for one token")
 
 
 def _first_part(whole: Callable[..., Tensor], channels_per_angle: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
