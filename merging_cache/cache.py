@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from .config import MergingConfig, resolve_config
 from .layers import FixedCache, HybridLayer, MergingHybridLayer, MergingLayer, Padding, Shared, TokensSeen
-from .model import Link, can_link, check_supported, config_of, fits_masks
+from .model import Link, can_link, check_supported, reads_stored_keys, takes_masks
 from .report import CacheReport, Fates, report_layers
 from .stage import check_number
 from .storage import DenseStorage, EvenStorage, QuantizedStorage, make_backend
@@ -81,16 +81,17 @@ class MergingDynamicCache(DynamicCache):
             raise TypeError(f"trace is {trace!r}; it must be True or False")
         self._recording = False
         self._config = None if config is None else config.get_text_config(decoder=True)
-        linked = model is not None and can_link(model) and fits_masks(self._config)
+        linked = model is not None and can_link(model) and takes_masks(self._config)
         fold, folds = self.merging.build(linked), self.merging.compression_ratio != 0
         folding = [index for index, layer in enumerate(self.layers) if type(layer) in (DynamicLayer, HybridLayer)]
         if folding and folds:
             late = self.merging.fold_at == "decode"
             check_supported(self._config, folding, fold.merger.merges_values, fold.fits_masks, late)
-        needed = folds and fold.needs_attention
+        padding, needed = Padding(attention_mask), folds and fold.needs_attention
         hidden_states = needed and any(stage.needs_hidden_states for stage in fold.stages.values())
+        # last of what may raise, so that no model is left linked
         link = Link(model, config, needed, type(self).__name__, hidden_states)
-        self._shared = Shared(self.merging, fold, Padding(attention_mask), link, self._storage(), trace)
+        self._shared = Shared(self.merging, fold, padding, link, self._storage(), trace)
         if config is None:
             if folds:
                 warnings.warn(
@@ -130,8 +131,10 @@ class MergingDynamicCache(DynamicCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> "MergingDynamicCache":
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        memo[id(self._shared)] = self._shared.twin()
         vars(twin).update(copy.deepcopy(vars(self), memo))
+        twin._shared = self._shared.twin()
+        for layer in twin.folding_layers:
+            layer.join(twin._shared)
         return twin
 
     @property
@@ -191,7 +194,8 @@ class MergingDynamicCache(DynamicCache):
 
         Raises:
             ValueError: for an empty cache; where heads differ or slots have mass, which only the linked attention can
-                read; for layers that keep a linear-attention state, and quantized ones.
+                read; for layers that keep a linear-attention state, quantized ones, and models that read stored keys
+                by themselves (Dory's `last_loop`).
 
         Example:
             >>> import torch
@@ -208,6 +212,11 @@ class MergingDynamicCache(DynamicCache):
             (torch.Size([1, 72]), 40)
         """
         check_number("max_new_tokens", max_new_tokens, int, minimum=1)
+        if self._config is not None and reads_stored_keys(self._config):
+            raise ValueError(
+                f"{self._config.model_type} reads stored keys by itself, room that is left included, so its cache "
+                "cannot be fixed; go on with this one"
+            )
         return FixedCache(self.layers, max_new_tokens)
 
     def report(self) -> CacheReport:
@@ -280,6 +289,7 @@ class MergingDynamicCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
+        check_number("repeats", repeats, int, minimum=1)
         if (batch := self._batch) is not None:
             self.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
 
@@ -361,3 +371,14 @@ class MergingQuantizedCache(MergingDynamicCache):
 
     def _storage(self) -> Callable[[], EvenStorage]:
         return partial(QuantizedStorage, self._backend, self._residual_length)
+
+
+def config_of(config: PreTrainedConfig | None, model: PreTrainedModel | None) -> PreTrainedConfig | None:
+    """The config to build a cache for, from whichever was given."""
+    if model is None:
+        return config
+    if not hasattr(model, "config"):
+        raise TypeError(f"model is {type(model).__name__}; give a transformers model, such as AutoModelForCausalLM's")
+    if config is not None and config is not model.config:
+        raise ValueError("config and model are both given, but config is not model.config; leave config out")
+    return model.config

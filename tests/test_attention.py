@@ -8,6 +8,7 @@ import pickle
 import threading
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from architectures import tiny_model
 from merging_cache import MergingDynamicCache, MergingQuantizedCache, Scorer, merging_attention
 from merging_cache.mergers import DropMerger
 from merging_cache.model import attention, cache_argument
-from models import WINDOW, greedy, left_padded, llama, prompt
+from models import WINDOW, assert_same_cache, greedy, left_padded, llama, prompt
 
 pytestmark = pytest.mark.core
 RAGGED = {
@@ -358,6 +359,41 @@ def test_copies_and_pickles_leave_the_model_behind():
     assert gone() is None  # although the caches live on
 
 
+def test_what_is_refused_leaves_no_model_linked():
+    model = llama()
+    mistakes = [{"attention_mask": torch.ones(4)}, {"scorer": "none"}, {"trace": 1}, {"compression_ratio": 2}]
+    for mistake in mistakes:
+        with pytest.raises((ValueError, TypeError)):
+            MergingDynamicCache(model=model, **mistake)
+        assert model.config._attn_implementation == "sdpa"
+    model = tiny_model("jetmoe")
+    for how in ({"budget": "adakv"}, {"merger": "mass"}):
+        with pytest.raises(ValueError, match="jetmoe attends to every stored head several times"):
+            MergingDynamicCache(model=model, **how)
+        assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("scorer", ["observed_attention", "expected_attention", "keydiff"])
+@pytest.mark.parametrize("merger", ["drop", "mass"])
+@torch.no_grad()
+def test_a_refused_pass_leaves_nothing(scorer, merger):
+    """Values that are not numbers refuse the fold; the next prompt finds the layer as it was."""
+    model = llama(layers=1)
+    caches = [linked(model, scorer=scorer, merger=merger) for _ in range(2)]
+    weight = model.model.layers[0].self_attn.v_proj.weight
+    number = weight[0, 0].item()
+    weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="non-finite values"):
+        model(prompt(40, seed=1), **cache_argument(caches[0]))
+    weight[0, 0] = number
+    assert caches[0].get_seq_length() == 0
+    for cache in caches:
+        model(prompt(40, seed=2), **cache_argument(cache))
+    assert_same_cache(*caches)
+    for cache in caches:
+        cache.release()
+
+
 def test_two_threads_with_two_caches_on_one_model():
     """Links come and go while another thread generates."""
     model, outputs = llama(), {}
@@ -561,6 +597,35 @@ def test_right_padded_rows_equal_the_row_alone(scorer, budget):
     for mine, theirs in zip(together.layers, alone.layers, strict=True):
         kept = [set(head[head >= 0].tolist()) for head in theirs.positions[0]]
         assert [set(head[(head >= 0) & (head < 25)].tolist()) for head in mine.positions[1]] == kept
+
+
+@pytest.mark.parametrize("kind", ["dense", "fp8"])
+@pytest.mark.parametrize("budget", ["adakv", "pyramid"])
+@pytest.mark.parametrize("kept", [[1], [0], [1, 1], [2], [2, 1]])
+@torch.no_grad()
+def test_rows_of_other_lengths_that_stay_are_what_they_were(kind, budget, kept):
+    """Those that are left may be too few to fill a gap of what was the longest."""
+    model, inputs = llama(), left_padded([200, 25, 12])
+    options = {"budget": budget, "merger": "drop", "sink_tokens": 2, "recent_tokens": 6}
+    new = MergingDynamicCache if kind == "dense" else partial(MergingQuantizedCache, "fp8")
+    cache = new(model=model, **options)
+    model(**inputs, position_ids=(inputs["attention_mask"].cumsum(1) - 1).clamp_min(0), **cache_argument(cache))
+    before = copy.deepcopy(cache)
+    cache.batch_select_indices(torch.tensor(kept))
+    for mine, theirs in zip(cache.layers, before.layers, strict=True):
+        assert torch.equal(mine.positions, theirs.positions[kept])
+        there = (mine.positions >= 0).unsqueeze(-1)
+        for one, other in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+            assert one.shape == other[kept].shape
+            assert torch.equal(one.where(there, 0), other[kept].where(there, 0))
+    mask = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
+    tokens, positions = torch.tensor([[7], [8], [9]]), mask.sum(1, keepdim=True) - 1
+    whole = model(tokens, attention_mask=mask, position_ids=positions, **cache_argument(before)).logits
+    given = {"attention_mask": mask[kept], "position_ids": positions[kept]}
+    step = model(tokens[kept], **given, **cache_argument(cache)).logits
+    torch.testing.assert_close(step, whole[kept], rtol=1e-4, atol=1e-4)
+    cache.release()
+    before.release()
 
 
 def test_rows_that_go_free_their_slots():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.cache_utils import StaticLayer
 
 from architectures import tiny_model
 from merging_cache import MergingDynamicCache, MergingQuantizedCache
@@ -98,6 +99,30 @@ def test_beams_reorder_its_rows(model_type):
     torch.testing.assert_close(output.sequences_scores, expected.sequences_scores, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="has 3 rows and cannot have 2"):
         fixed.reorder_cache(torch.tensor([0, 1]))
+
+
+def test_another_batch_is_refused():
+    model, ids = llama(), prompt(50, batch=2)
+    fixed = prefilled(model, ids).fixed(9)
+    before = fixed.layers[0].keys.clone()
+    for batch, heads in ((1, 2), (3, 2), (2, 1)):
+        states = torch.randn(batch, heads, 1, 16)
+        with pytest.raises(ValueError, match=r"holds a batch of 2 rows, but got|holds 2 KV heads"):
+            fixed.layers[0].update(states, states)
+    with torch.no_grad(), pytest.raises(ValueError, match="holds a batch of 2 rows, but got 1"):
+        model(ids[:1, :1], **cache_argument(fixed))
+    assert torch.equal(fixed.layers[0].keys, before)
+    assert fixed.get_seq_length() == 49
+
+
+def test_a_fixed_layer_has_what_a_static_layer_has():
+    model, ids = llama(), prompt(50, batch=2)
+    layer = prefilled(model, ids).fixed(9).layers[0]
+    static = StaticLayer(max_cache_len=layer.max_cache_len)
+    static.lazy_initialization(layer.keys, layer.values)
+    ours = {name: value for name, value in vars(layer).items() if not isinstance(value, torch.Tensor)}
+    theirs = {name: value for name, value in vars(static).items() if not isinstance(value, torch.Tensor)}
+    assert theirs.items() <= ours.items()
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])

@@ -81,6 +81,25 @@ def test_growing_equals_concatenation(lengths):
     assert storage.nbytes <= 2 * 2 * 3 * 4 * (storage.length + storage.length // 16)  # never more room than that
 
 
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+@pytest.mark.filterwarnings("ignore")
+def test_another_precision_in_a_later_pass_is_promoted(first, ratio):
+    """As `torch.cat` in `DynamicCache` does, say for a prefill under autocast and steps without."""
+    second = torch.float32 if first == torch.bfloat16 else torch.bfloat16
+    cache, full = MergingDynamicCache(compression_ratio=ratio, merger="drop", **LAST), DynamicCache()
+    pieces = [torch.randn(1, 2, 24, 4, dtype=first), torch.randn(1, 2, 1, 4, dtype=second)]
+    with torch.no_grad():
+        for one in (cache, full):
+            for piece in pieces:
+                keys, values = one.update(piece, -piece, 0)
+                assert torch.equal(keys, -values)
+    assert cache.layers[0].keys.dtype == full.layers[0].keys.dtype == torch.float32
+    if ratio == 0:
+        assert torch.equal(cache.layers[0].keys, full.layers[0].keys)
+    assert cache.report().total.bytes_full == full.layers[0].keys.nbytes + full.layers[0].values.nbytes
+
+
 @torch.no_grad()
 def test_appending_does_not_copy_the_cache():
     cache = MergingDynamicCache(max_tokens=100, **LAST)

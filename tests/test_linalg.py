@@ -27,6 +27,19 @@ def test_systems_are_solved(n, rank):
     torch.testing.assert_close(solved.double(), torch.from_numpy(expected), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("n", [16, 64, 512])
+@pytest.mark.parametrize("spread", [0, 3, 6])
+def test_no_matrix_of_low_rank_is_left_without_a_factor(n, spread):
+    for rank in (1, 2, 3, 8):
+        part = torch.randn(2, n, rank) * torch.logspace(0, spread, rank)
+        matrix, right = part @ part.mT, torch.randn(2, n, 3)
+        assert solve_positive_definite(matrix, right).isfinite().all()
+        # what is returned solves a system whose diagonal is at most so much larger
+        lift = 2 * n * (n + 1) * torch.finfo(torch.float32).eps * matrix.diagonal(dim1=1, dim2=2).amax(dim=1)
+        solved = solve_positive_definite(matrix, matrix @ right)
+        assert ((matrix @ solved - matrix @ right).norm(dim=(1, 2)) <= 1.1 * lift * right.norm(dim=(1, 2))).all()
+
+
 def test_a_matrix_without_a_factor_in_fp32_is_lifted_alone():
     well, ill = positive_definite(1, 64, 64, ridge=1.0), positive_definite(1, 64, 3, ridge=0.0) * 1e6
     _, failed = torch.linalg.cholesky_ex(torch.cat([well, ill]))

@@ -9,8 +9,7 @@ import torch
 
 from merging_cache import BUDGETS, MERGERS, LayerStates, MergingConfig, MergingDynamicCache, plot_merges
 from merging_cache.model import cache_argument
-from merging_cache.report.picture import UNKNOWN
-from merging_cache.states import DROPPED
+from merging_cache.states import ABSENT, DROPPED
 from models import llama
 
 WORDS = [f"word{i}" for i in range(60)]
@@ -202,7 +201,7 @@ def test_without_a_trace_only_the_survivors_are_known(tmp_path):
     for layer, holders in zip(cache.layers, fates.holders, strict=True):
         kept = torch.zeros(holders.shape, dtype=torch.bool).scatter(1, layer.positions[0], True)
         assert torch.equal(holders == torch.arange(60), kept)
-        assert torch.equal(holders == UNKNOWN, ~kept)
+        assert torch.equal(holders == ABSENT, ~kept)
     plot_merges(cache, WORDS, html=tmp_path / "page.html")
     assert "give the cache trace=True" in (tmp_path / "page.html").read_text()
 

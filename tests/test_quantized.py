@@ -1,6 +1,7 @@
 """Quantized storage: what is stored is quantize(merge(full precision)), once, and nothing else touches it."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from merging_cache import LayerStates, MergingConfig, MergingDynamicCache, MergingQuantizedCache
 from merging_cache.model import cache_argument
 from merging_cache.storage import QuantizedStorage, make_backend
+from models import CACHES, llama, prompt
 
 BACKENDS = {
     "quanto4": ("quanto", {"nbits": 4}),
@@ -308,3 +310,14 @@ def test_dynamic_and_quantized_choose_the_same_survivors():
     for cache in caches:
         cache.update(keys, values, 0)
     assert torch.equal(caches[0].layers[0].positions, caches[1].layers[0].positions)
+
+
+@pytest.mark.parametrize("kind", ["quanto4", "fp8"])
+def test_pickled_caches_go_on(kind):
+    model = llama()
+    cache = CACHES["fp8" if kind == "fp8" else "quanto"](model, compression_ratio=0.5)
+    with torch.no_grad():
+        model(prompt(64), **cache_argument(cache))
+        thawed = pickle.loads(pickle.dumps(cache))
+        logits = [model(prompt(1), **cache_argument(one)).logits for one in (cache, thawed)]
+    assert torch.equal(*logits)

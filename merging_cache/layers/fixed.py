@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticLay
 from ..storage import FixedStorage
 from .merging import MergingLayer
 from .seen import TokensSeen
+from .stored import Shape
 
 
 class FixedLayer(StaticLayer):
@@ -21,16 +22,25 @@ class FixedLayer(StaticLayer):
     def __init__(self, layer: MergingLayer, max_new_tokens: int) -> None:
         self.storage = FixedStorage(layer.storage, max_new_tokens)
         super().__init__(max_cache_len=self.storage.length)
-        self.device = layer.device
-        self.keys, self.values = self.storage.read()
-        self.cumulative_length = self.storage.count
         self.folded_away = layer.seen - layer.num_stored
+        self._guards, self._shape = layer.guards, layer.shape
+        # what a static layer has once it is initialized
+        self.keys, self.values = self.storage.read()
+        self.dtype, self.device, self.cumulative_length = layer.dtype, layer.device, self.storage.count
+        self.batch_size, self.num_heads, self.k_head_dim, self.v_head_dim = layer.shape
+        self.max_batch_size = self.batch_size
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the keys and values `[B, H, q, D]` of a pass; returns all of them with the room that is left."""
+        """Store the keys and values `[B, H, q, D]` of a pass; returns all of them with the room that is left.
+
+        Raises:
+            ValueError: for another batch or other heads than what is stored. What is compiled does not look.
+        """
+        if not torch.compiler.is_compiling() and Shape.of(key_states, value_states) != self._shape:
+            self._guards.check_pass(key_states, value_states, self._shape, int(self.get_seq_length()))
         self.storage.append(key_states, value_states)
         return self.storage.read()
 

@@ -5,30 +5,16 @@ Knows what a layer was given; changes nothing.
 
 import inspect
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from .observed import Owner
 from .shared import Shared
+from .stored import Shape
 
 # up to transformers 5.14 a positive argument of `crop` was the length to crop to; since, only negative ones are allowed
 CROP_TAKES_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
-
-
-class Shape(NamedTuple):
-    """What stays the same of the keys and values of a layer from pass to pass."""
-
-    batch: int
-    heads: int
-    key_dim: int
-    value_dim: int
-
-    @classmethod
-    def of(cls, keys: Tensor, values: Tensor) -> "Shape":
-        """That of keys and values `[B, H, L, D]`."""
-        return cls(keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
 
 
 @dataclass(frozen=True)
@@ -133,7 +119,7 @@ class Guards:
             )
 
     def check_mergeable(self, shape: Shape) -> None:
-        """Refuse to average values that carry positions."""
+        """Refuse to average values that carry positions; what is known by the config was refused before any pass."""
         if self.shared.fold.merger.merges_values and shape.key_dim != shape.value_dim:
             raise ValueError(
                 f"layer {self.layer_idx} caches keys of width {shape.key_dim} and values of width {shape.value_dim}: "

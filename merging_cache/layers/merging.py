@@ -33,8 +33,12 @@ class MergingLayer(StoredLayer):
 
     def __init__(self, shared: Shared, layer_idx: int, layer_rank: tuple[int, int] | None = None) -> None:
         self.layer_rank = layer_rank
-        self._guards = Guards(layer_idx, shared)
         super().__init__(shared, layer_idx)
+        self.join(shared)
+
+    def join(self, shared: Shared) -> None:
+        """Belong to the cache whose layers share this."""
+        self._shared, self.guards = shared, Guards(self.layer_idx, shared)
 
     def _clear(self) -> None:
         super()._clear()
@@ -68,7 +72,7 @@ class MergingLayer(StoredLayer):
                 folded. Nothing is stored then. Also if an earlier pass did not bring what the fold needs.
         """
         config, fold = self._shared.config, self._shared.fold
-        self._guards.check_pass(key_states, value_states, self._shape if self.num_stored else None, self.seen)
+        self.guards.check_pass(key_states, value_states, self.shape if self.num_stored else None, self.seen)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
@@ -76,7 +80,7 @@ class MergingLayer(StoredLayer):
         if self._folds_before(new):
             self._fold_if_due()
         if self._has_fitted_slots:
-            self._read_by_link()
+            self._check_read()
         is_prompt = new > 1 or not self.num_stored  # the first token of all is a prompt, too
         is_prompt = is_prompt and not self._drafting and config.compression_ratio != 0
         self.append(key_states, value_states)
@@ -115,19 +119,24 @@ class MergingLayer(StoredLayer):
         if prompt is None:
             return
         (keys, values), fold, new = prompt, self._shared.fold, query.shape[2]
-        self._guards.check_attended_heads(key.shape[1], keys.shape[1])
+        before = replace(self._observed)
+        self.guards.check_attended_heads(key.shape[1], keys.shape[1])
         padding = None if visible is None else ~visible[:, -new:]
         self._shared.padding.observe(padding, self.seen - new, query.shape[0])
         self._observed.meet(module, scaling, fold)
-        self._guards.check_hidden_states(hidden_states)
+        self.guards.check_hidden_states(hidden_states)
         if fold.observes:
             with self._in_full_precision():
                 queries = by_stored_head(query.detach(), key, keys)
-                self._guards.check_comparable(queries, key, keys)
+                self.guards.check_comparable(queries, key, keys)
                 self._observed.receive(queries, self.seen - new, hidden_states)
                 if not self.record_past:
                     self._observed.digest(fold, self._states(keys, values))
-        self._end_pass(new, keys, values)
+        try:
+            self._end_pass(new, keys, values)
+        except Exception:
+            self._observed = before
+            raise
 
     def _end_pass(self, new: int, keys: Tensor, values: Tensor) -> None:
         """After a pass of `new` tokens: fold if that is due now, or let what is stored settle.
@@ -169,16 +178,16 @@ class MergingLayer(StoredLayer):
             return 0, None
         return self.num_slots, self.storage.bias(torch.finfo(self.dtype).min)
 
-    def _read_by_link(self) -> None:
+    def _check_read(self) -> None:
         """Refuse a pass that cannot read this layer's slots, or did not read those of the layer before."""
-        self._guards.check_linked()
+        self.guards.check_linked()
         if (other := self._shared.link.reads(self)) is not None:
             other._miss_attention()  # the first layer whose slots nobody read stops the pass that it spoils
 
     def _miss_attention(self) -> None:
         """Go on without an attention that never came, if that is possible."""
         if self._awaits_attention:
-            self._guards.check_attention_came()
+            self.guards.check_attention_came()
         self._prompt, self._awaits_attention = None, False
 
     # Folding ----------------------------------------------------------------------------------------------------------
@@ -203,8 +212,8 @@ class MergingLayer(StoredLayer):
 
     def _folded(self, keys: Tensor, values: Tensor) -> Slots:
         """Fold what is stored; changes nothing here."""
-        self._guards.check_mergeable(self._shape)
-        self._guards.check_owner(self._observed.owner)
+        self.guards.check_mergeable(self.shape)
+        self.guards.check_owner(self._observed.owner)
         padding, num_slots = self._shared.padding, self._shared.config.num_slots(self.seen)
         padding.warn_if_unknown(keys)
         with self._in_full_precision():
@@ -254,10 +263,10 @@ class MergingLayer(StoredLayer):
         Raises:
             ValueError: for an empty layer, one that records the past, or slots that only the linked attention can read.
         """
-        self._guards.check_fixable(is_empty=not self.num_stored, records=self.record_past)
+        self.guards.check_fixable(is_empty=not self.num_stored, records=self.record_past)
         self._miss_attention()
         self._fold_if_due()
-        self._guards.check_plain(self._has_fitted_slots)
+        self.guards.check_plain(self._has_fitted_slots)
 
     def release(self) -> None:
         """Forget the attention module, so that this cache does not keep the model alive."""
@@ -317,6 +326,6 @@ class MergingLayer(StoredLayer):
     def check_crop(self, tokens_to_remove: int) -> int:
         """How many tokens `crop(tokens_to_remove)` removes; raises what it would raise."""
         if not self.num_stored:  # an unused layer has nothing to give back
-            return self._guards.removed(tokens_to_remove, self.seen)
+            return self.guards.removed(tokens_to_remove, self.seen)
         slots, tail, observed = self.num_slots, self._tail, self._observed.until
-        return self._guards.check_crop(tokens_to_remove, self.seen, slots, tail, observed)
+        return self.guards.check_crop(tokens_to_remove, self.seen, slots, tail, observed)

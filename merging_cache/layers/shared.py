@@ -16,8 +16,8 @@ from .padding import Padding
 class Shared:
     """What belongs to a cache and not to one of its layers.
 
-    A layer that is copied alone stays its cache's, so the copy shares this, too (models that loop over their layers
-    copy some onto the end of a cache); a cache that is copied whole gets its `twin`.
+    A layer that is copied alone stays its cache's, so the copy shares this, too: models that loop over their layers
+    copy some onto the end of a cache. A cache that is copied whole gets its `twin`, which its layers then join.
 
     Args:
         config: the options.

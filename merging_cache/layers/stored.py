@@ -1,16 +1,31 @@
 """StoredLayer: what one attention layer holds, over a storage, and what becomes of it when the batch changes.
 
-Knows nothing of folds but what they left, and nothing of models.
+Knows what folds left, but not when or how they are done, and nothing of attention.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from ..states import Tally, fates_of_row
+from ..states import ABSENT, Tally
 from ..storage import Storage
-from .guards import Shape
 from .shared import Shared
+
+
+class Shape(NamedTuple):
+    """What stays the same of the keys and values of a layer from pass to pass."""
+
+    batch: int
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor) -> "Shape":
+        """That of keys and values `[B, H, L, D]`."""
+        return cls(keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])
 
 
 class StoredLayer(DynamicLayer):
@@ -24,6 +39,8 @@ class StoredLayer(DynamicLayer):
         seen: tokens seen, folded ones included.
         storage: where they lie.
         tally: what became of the evicted; `None` before the first fold.
+        shape: of the keys and values of a pass, but for its length; `None` before the first update.
+        dtype: of the keys.
     """
 
     def __init__(self, shared: Shared, layer_idx: int) -> None:
@@ -37,12 +54,11 @@ class StoredLayer(DynamicLayer):
         self.seen = 0
         self.storage: Storage = self._shared.new_storage()
         self.tally: Tally | None = None
-        self._shape: Shape | None = None
-        self._token_nbytes = 0  # of a token's key and value in one head, as they came
+        self.shape: Shape | None = None
         self._is_offloaded = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.device = key_states.device
         self.is_initialized = True
 
     # What is stored ---------------------------------------------------------------------------------------------------
@@ -63,7 +79,7 @@ class StoredLayer(DynamicLayer):
     @property
     def batch(self) -> int | None:
         """Rows of the batch; `None` before the first update."""
-        return None if self._shape is None else self._shape.batch
+        return None if self.shape is None else self.shape.batch
 
     @property
     def num_stored(self) -> int:
@@ -82,7 +98,7 @@ class StoredLayer(DynamicLayer):
             return None
         if (valid := self.storage.valid) is not None:
             return valid.sum(dim=-1)
-        return torch.full(self._shape[:2], self.num_slots, device=self.device)
+        return torch.full(self.shape[:2], self.num_slots, device=self.device)
 
     @property
     def stored_per_head(self) -> Tensor | None:
@@ -97,7 +113,7 @@ class StoredLayer(DynamicLayer):
         """
         if not self.num_stored:
             return None
-        tail = torch.arange(self.seen - self._tail, self.seen, device=self.device).expand(*self._shape[:2], -1)
+        tail = torch.arange(self.seen - self._tail, self.seen, device=self.device).expand(*self.shape[:2], -1)
         of_slots = self.storage.positions
         return tail if of_slots is None else torch.cat([of_slots.long(), tail], dim=2)
 
@@ -125,15 +141,24 @@ class StoredLayer(DynamicLayer):
     @property
     def full_nbytes(self) -> int:
         """Bytes that `DynamicCache` would hold for the tokens seen."""
-        return 0 if not self.seen else self._shape.batch * self._shape.heads * self.seen * self._token_nbytes
+        if not self.seen:
+            return 0
+        of_token = self.shape.key_dim * self.dtype.itemsize + self.shape.value_dim * self._value_dtype.itemsize
+        return self.shape.batch * self.shape.heads * self.seen * of_token
 
     def fates(self, row: int) -> Tensor:
         """`[H, n]`, the position of the slot that holds each of the n tokens of a row, padding left out.
 
         Its own for survivors, else `DROPPED`, or `ABSENT` where the cache does not trace.
         """
-        holders = None if self.tally is None or self.tally.holders is None else self.tally.holders[row]
-        return fates_of_row(self._shared.padding.row_positions(self.positions)[row], holders)
+        positions = self._shared.padding.row_positions(self.positions)[row]  # [H, S], negative where there is no slot
+        fates = torch.full((len(positions), int(positions.max()) + 1), ABSENT, device=positions.device)
+        if self.tally is not None and (holders := self.tally.holders) is not None:
+            fates[:, : holders.shape[2]] = holders[row, :, : fates.shape[1]].long()
+        for of_head, stored in zip(fates, positions, strict=True):
+            stored = stored[stored >= 0]
+            of_head[stored] = stored
+        return fates
 
     @property
     def _tail(self) -> int:
@@ -145,8 +170,10 @@ class StoredLayer(DynamicLayer):
         if not self.num_stored:
             # the layout that DynamicCache returns: another one may mean another kernel and other last bits
             keys, values = keys.contiguous(), values.contiguous()
-            self._shape = Shape.of(keys, values)
-            self._token_nbytes = sum(states.shape[3] * states.element_size() for states in (keys, values))
+            self.shape, self.dtype, self._value_dtype = Shape.of(keys, values), keys.dtype, values.dtype
+        elif (keys.dtype, values.dtype) != (self.dtype, self._value_dtype):
+            self.dtype = torch.promote_types(self.dtype, keys.dtype)
+            self._value_dtype = torch.promote_types(self._value_dtype, values.dtype)
         self.storage.append(keys, values)
         self.seen += keys.shape[2]
 
@@ -179,7 +206,7 @@ class StoredLayer(DynamicLayer):
         if not self.num_stored:
             return
         self.storage.select_rows(indices)
-        self._shape = self._shape._replace(batch=len(indices))
+        self.shape = self.shape._replace(batch=len(indices))
         self.tally = None if self.tally is None else self.tally.select_rows(indices)
 
     def offload(self) -> None:

@@ -4,7 +4,7 @@ from .attention import Pass
 from .calling import CACHE_ARGUMENT, cache_argument
 from .link import Link, can_link, linked_model, merging_attention
 from .rotary import Rotary, rotary_of
-from .support import check_supported, config_of, fits_masks, settings
+from .support import check_supported, reads_stored_keys, settings, takes_masks
 
 __all__ = [
     "CACHE_ARGUMENT",
@@ -14,10 +14,10 @@ __all__ = [
     "cache_argument",
     "can_link",
     "check_supported",
-    "config_of",
-    "fits_masks",
     "linked_model",
     "merging_attention",
+    "reads_stored_keys",
     "rotary_of",
     "settings",
+    "takes_masks",
 ]

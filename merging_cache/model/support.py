@@ -6,23 +6,12 @@ Goes by what a config tells; knows nothing of layers.
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 # DiffLlama pairs each head's keys with another's values; Doge masks tokens by all heads' values together
 MIXES_HEADS = ("diffllama", "doge")
 # JetMoe attends to every stored head several times, in an order of its own, so no mass can be added to one of them
 REPEATS_HEADS = ("jetmoe",)
-
-
-def config_of(config: PreTrainedConfig | None, model: PreTrainedModel | None) -> PreTrainedConfig | None:
-    """The config to build a cache for, from whichever was given."""
-    if model is None:
-        return config
-    if not hasattr(model, "config"):
-        raise TypeError(f"model is {type(model).__name__}; give a transformers model, such as AutoModelForCausalLM's")
-    if config is not None and config is not model.config:
-        raise ValueError("config and model are both given, but config is not model.config; leave config out")
-    return model.config
 
 
 def settings(config: PreTrainedConfig, name: str, layers: Iterable[int] | None = None) -> list[Any]:
@@ -36,8 +25,8 @@ def settings(config: PreTrainedConfig, name: str, layers: Iterable[int] | None =
     return [getattr(of_layers[layer], name, None) for layer in (range(len(of_layers)) if layers is None else layers)]
 
 
-def fits_masks(config: PreTrainedConfig) -> bool:
-    """Whether something can be added to the logits of single slots: whether these can have mass, and heads differ."""
+def takes_masks(config: PreTrainedConfig) -> bool:
+    """Whether the link can fit masks to this model's slots, so that they may have mass and heads may differ."""
     return config.model_type not in REPEATS_HEADS and not reads_stored_keys(config)
 
 
@@ -55,7 +44,7 @@ def check_supported(
         config: the text model's.
         layers: the indices of those that fold.
         merges_values: whether values are averaged.
-        fits_masks: whether heads differ in length, or slots have mass.
+        fits_masks: whether masks are to be fitted to slots: heads differ in length, or slots have mass.
         folds_late: whether the fold waits for the first single token.
 
     Raises:
@@ -91,6 +80,11 @@ def check_supported(
         raise ValueError(
             f"{kind} has multi-head latent attention (MLA), and what it caches as values carries rotary positions, "
             "which must not be averaged. Use merger='drop'"
+        )
+    if kind in REPEATS_HEADS and fits_masks:
+        raise ValueError(
+            f"{kind} attends to every stored head several times, in an order of its own, so nothing can be added to "
+            "the logits of one head; choose budget='uniform' and a merger without mass, such as 'similarity'"
         )
     if reads_stored_keys(config) and (fits_masks or folds_late):
         raise ValueError(

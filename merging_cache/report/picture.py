@@ -13,7 +13,6 @@ from ..layers import MergingLayer
 from ..stage import check_number
 from ..states import ABSENT
 
-UNKNOWN = ABSENT  # what an evicted token is where the cache does not trace
 LABELLED = 80  # tokens up to which a picture names every one
 
 
@@ -24,7 +23,7 @@ class Fates:
     Args:
         layers: the indices of the layers that fold.
         holders: for each of them `[H, n]`, the position of the slot that holds each of the row's n tokens: its own for
-            survivors, `DROPPED`, or `UNKNOWN` where the cache does not trace and the token has lost its slot.
+            survivors, `DROPPED`, or `ABSENT` where the cache does not trace and the token has lost its slot.
     """
 
     layers: list[int]
@@ -53,7 +52,7 @@ class Fates:
     @property
     def traced(self) -> bool:
         """Whether it is known where the evicted went."""
-        return all((holders != UNKNOWN).all() for holders in self.holders)
+        return all((holders != ABSENT).all() for holders in self.holders)
 
 
 class Folded(Protocol):

@@ -1,4 +1,4 @@
-"""Tokens with short keys are the ones attended to."""
+"""Keeps the tokens with short keys, which are the ones attended to."""
 
 from dataclasses import dataclass
 

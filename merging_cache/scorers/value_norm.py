@@ -1,4 +1,4 @@
-"""Tokens with large values change the output most."""
+"""Keeps the tokens with large values, which change the output most."""
 
 from dataclasses import dataclass
 

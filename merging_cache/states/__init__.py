@@ -1,11 +1,11 @@
-"""The records that pass between the stages of a fold: what a layer holds, which tokens survive, what is stored.
+"""The records of a fold: what a layer holds, which tokens survive, what is stored, what became of the others.
 
 Plain tensors and nothing else: scorers, budgets and mergers know these records and torch, never transformers.
 """
 
 from .layer import TILE, LayerStates, ReferenceQueries, Statistics, readers_of
 from .slots import ABSENT, DROPPED, Slots, Survivors, count_evicted, gather_tokens, holders_of, top_tokens
-from .tally import Tally, fates_of_row
+from .tally import Tally
 
 __all__ = [
     "ABSENT",
@@ -18,7 +18,6 @@ __all__ = [
     "Survivors",
     "Tally",
     "count_evicted",
-    "fates_of_row",
     "gather_tokens",
     "holders_of",
     "readers_of",

@@ -51,19 +51,3 @@ def handed_on(before: Tensor | None, now: Tensor) -> Tensor:
     new = torch.ones_like(now, dtype=torch.bool)  # tokens that came since; a row may have had fewer than the others
     new[..., : before.shape[2]] = before == ABSENT
     return torch.where(new, now, torch.nn.functional.pad(handed, (0, now.shape[2] - before.shape[2]))).int()
-
-
-def fates_of_row(positions: Tensor, holders: Tensor | None) -> Tensor:
-    """`[H, n]`, the position of the slot that holds each of the n tokens of a row; see `Slots.holders`.
-
-    Args:
-        positions: `[H, S]`, those of the stored keys of each head; negative where there is none.
-        holders: `[H, P]`, what a tally knows of the row, or `None`; tokens are then `ABSENT` unless stored.
-    """
-    fates = torch.full((len(positions), int(positions.max()) + 1), ABSENT, device=positions.device)
-    if holders is not None:
-        fates[:, : holders.shape[1]] = holders[:, : fates.shape[1]].long()
-    for of_head, stored in zip(fates, positions, strict=True):
-        stored = stored[stored >= 0]
-        of_head[stored] = stored
-    return fates

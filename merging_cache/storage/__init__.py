@@ -5,7 +5,8 @@ from .base import EvenStorage, Storage
 from .dense import DenseStorage
 from .fixed import FixedStorage
 from .quantized import QuantizedStorage
-from .ragged import RaggedStorage, store
+from .ragged import RaggedStorage
+from .store import store
 
 __all__ = [
     "BACKENDS",

@@ -130,11 +130,11 @@ class Fp8Backend(Backend):
         scale = (states.float().abs().amax(dim=-1, keepdim=True) / largest).to(states.dtype)
         scale = scale.clamp_min(torch.finfo(states.dtype).tiny)
         scaled = (states.float() / scale.float()).clamp(-largest, largest)
-        return scaled.to(torch.float8_e4m3fn), scale
+        return scaled.to(torch.float8_e4m3fn).view(torch.uint8), scale  # torch cannot pickle floats of 8 bits
 
     def dequantize(self, packed: Any) -> Tensor:
         states, scale = packed
-        return (states.float() * scale.float()).to(scale.dtype)
+        return (states.view(torch.float8_e4m3fn).float() * scale.float()).to(scale.dtype)
 
 
 BACKENDS: dict[str, type[Backend]] = {"quanto": QuantoBackend, "hqq": HQQBackend, "fp8": Fp8Backend}

@@ -18,7 +18,7 @@ class Storage(ABC):
     @property
     @abstractmethod
     def length(self) -> int:
-        """S, the slots (of the head that has most) and the tail together."""
+        """S, the slots (of the head that has most) and the tail together, and room where `read` gives it, too."""
 
     @property
     @abstractmethod
@@ -64,7 +64,7 @@ class Storage(ABC):
         """Add the keys and values of new tokens to the tail."""
 
     def settle(self) -> None:  # noqa: B027 (most have nothing to do then)
-        """What is stored will stay as it is for now; a storage that quantizes does so now."""
+        """Quantize what gathered in the tail, where the storage does: it will stay as it is for now."""
 
     @abstractmethod
     def truncate(self, length: int) -> None:

@@ -70,9 +70,10 @@ class DenseStorage(EvenStorage):
         if torch.is_grad_enabled():  # someone may want gradients of what earlier passes read from the buffer
             return torch.cat([buffer[:, :, : self._length], new], dim=2)
         outlived = buffer.is_inference() and not torch.is_inference_mode_enabled()
-        if self._is_borrowed or needed > buffer.shape[2] or outlived:
+        dtype = torch.promote_types(buffer.dtype, new.dtype)  # as `torch.cat` does
+        if self._is_borrowed or needed > buffer.shape[2] or outlived or dtype != buffer.dtype:
             capacity = needed + needed // 16
-            larger = buffer.new_empty((*buffer.shape[:2], capacity, buffer.shape[3]))
+            larger = buffer.new_empty((*buffer.shape[:2], capacity, buffer.shape[3]), dtype=dtype)
             larger[:, :, : self._length] = buffer[:, :, : self._length]
             buffer = larger
         buffer[:, :, self._length : needed] = new

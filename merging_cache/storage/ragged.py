@@ -1,7 +1,7 @@
 """Slots of heads that have different numbers of them: stored one after another without gaps, padded only to be read."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -115,7 +115,10 @@ class RaggedStorage(Storage):
         new = [slots[:0]] * (batch * heads) if tail is None else tail.flatten(0, 1)
         parts = []
         for (start, count), newest in zip(self.layout.spans, new, strict=True):
-            parts += [slots[: self.layout.longest - count], slots[start : start + count], newest]
+            gap = self.layout.longest - count
+            # rows that are gone may have left fewer slots than it takes to fill the gap
+            fill = slots[:gap] if gap <= len(slots) else slots[:1].expand(gap, -1)
+            parts += [fill, slots[start : start + count], newest]
         return torch.cat(parts).view(batch, heads, self.length, -1)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -155,14 +158,3 @@ class RaggedStorage(Storage):
     @property
     def nbytes(self) -> int:
         return self._slots.nbytes + self._tail.nbytes + self.layout.nbytes
-
-
-def store(slots: Slots, new_storage: Callable[[], EvenStorage]) -> Storage:
-    """A storage that holds the slots of a fold, of such as `new_storage` makes; ragged where heads differ."""
-    if slots.log_mass is not None and not slots.log_mass.any():
-        slots = replace(slots, log_mass=None)
-    if slots.valid is not None:
-        return RaggedStorage(new_storage, slots)
-    storage = new_storage()
-    storage.fill(slots.keys, slots.values, slots.positions, slots.log_mass)
-    return storage
