@@ -59,23 +59,24 @@ def options(scorer, budget, merger, weights):
     }
 
 
-def turns(caches, inputs):
-    """Two turns of generation in a batch, then each row on its own cache; the logits of both."""
-    batch_cache, row_caches = caches
-    text, mask, together, alone = inputs["input_ids"], inputs["attention_mask"], [], []
-    for turn in range(2):
-        if turn:
-            text = torch.cat([text, prompt(9, 2, seed=5)], 1)
-            mask = torch.cat([mask, torch.ones(2, text.shape[1] - mask.shape[1], dtype=torch.long)], 1)
-        output = greedy(model(), {"input_ids": text, "attention_mask": mask}, 3, **cache_argument(batch_cache))
-        together.append(torch.stack(output.logits))
-        rows = []
-        for row, length in enumerate(LENGTHS):
-            mine = text[row : row + 1, max(LENGTHS) - length :]
-            rows.append(torch.stack(greedy(model(), mine, 3, **cache_argument(row_caches[row])).logits))
-        alone.append(torch.cat(rows, dim=1))
-        text, mask = output.sequences, torch.cat([mask, torch.ones(2, 3, dtype=torch.long)], 1)
-    return torch.stack(together), torch.stack(alone)
+def turn(caches, text, mask):
+    """A turn of generation in a batch, then each row by hand on its own cache, fed what was generated.
+
+    Args:
+        caches: that of the batch, and one for each row.
+        text, mask: `[2, L]`, the whole conversation so far.
+
+    Returns:
+        the conversation after it, and the logits `[3, 2, vocabulary]` of the batch and of the rows.
+    """
+    output = greedy(model(), {"input_ids": text, "attention_mask": mask}, 3, **cache_argument(caches[0]))
+    rows = []
+    for row, cache in enumerate(caches[1:]):
+        mine = output.sequences[row : row + 1, max(LENGTHS) - LENGTHS[row] :]
+        end = mine.shape[1] - 3
+        pieces = [mine[:, cache.get_seq_length() : end], mine[:, end : end + 1], mine[:, end + 1 : end + 2]]
+        rows.append(torch.stack([model()(piece, **cache_argument(cache)).logits[:, -1] for piece in pieces]))
+    return output.sequences, torch.stack(output.logits), torch.cat(rows, dim=1)
 
 
 def new_cache(quantized, **how):
@@ -84,35 +85,34 @@ def new_cache(quantized, **how):
     return MergingDynamicCache(model=model(), **how)
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["dense", "fp8"])
+@torch.no_grad()
 @pytest.mark.parametrize("merger", sorted(MERGERS))
 @pytest.mark.parametrize("budget", sorted(BUDGETS))
 @pytest.mark.parametrize("scorer", sorted(SCORERS))
-def test_padded_turns_equal_rows_alone(scorer, budget, merger, quantized, weights):
-    how, inputs = options(scorer, budget, merger, weights), left_padded(LENGTHS)
-    caches = [new_cache(quantized, **how) for _ in range(3)]
-    together, alone = turns((caches[0], caches[1:]), inputs)
-    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-2)
-    assert any(int(layer.num_slots) < layer.seen for layer in caches[0].layers)
-    for cache in caches:
-        cache.release(model())
-
-
-@pytest.mark.parametrize("merger", sorted(MERGERS))
-@pytest.mark.parametrize("budget", sorted(BUDGETS))
-@pytest.mark.parametrize("scorer", sorted(SCORERS))
-def test_quantized_storage_keeps_the_very_same_tokens(scorer, budget, merger, weights):
-    how, inputs = options(scorer, budget, merger, weights), left_padded(LENGTHS)
-    quantized, dense = new_cache(True, **how), new_cache(False, **how)
-    position_ids = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    for cache in (quantized, dense):
-        model()(**inputs, position_ids=position_ids, **cache_argument(cache))
-    for mine, theirs in zip(quantized.layers, dense.layers, strict=True):
-        assert torch.equal(mine.positions, theirs.positions)
-        assert torch.equal(mine.num_merged, theirs.num_merged)
-        assert (mine.values - theirs.values).norm() < 0.05 * theirs.values.norm()
-    quantized.release(model())
-    dense.release(model())
+def test_padded_turns_equal_rows_alone(scorer, budget, merger, weights):
+    """Dense and quantized, over two turns; after the first both have kept the very same tokens."""
+    how, inputs, first_turns = options(scorer, budget, merger, weights), left_padded(LENGTHS), []
+    for quantized in (False, True):
+        caches = [new_cache(quantized, **how) for _ in range(3)]
+        text, mask = inputs["input_ids"], inputs["attention_mask"]
+        for new in (prompt(9, 2, seed=5), None):
+            text, together, alone = turn(caches, text, mask)
+            kind = "fp8" if quantized else "dense"
+            torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-2, msg=lambda told, kind=kind: kind + told)
+            if new is not None:
+                slots = [(layer, layer.num_slots) for layer in caches[0].layers]
+                first_turns.append(
+                    [(layer.positions[:, :, :n], layer.values[:, :, :n], layer.num_merged) for layer, n in slots]
+                )
+                text = torch.cat([text, new], 1)
+                mask = torch.cat([mask, torch.ones(2, text.shape[1] - mask.shape[1], dtype=torch.long)], 1)
+        assert any(int(layer.num_slots) < layer.seen for layer in caches[0].layers)
+        for cache in caches:
+            cache.release(model())
+    for dense, packed in zip(*first_turns, strict=True):
+        assert torch.equal(dense[0], packed[0])
+        assert (packed[1] - dense[1]).norm() < 0.05 * dense[1].norm()
+        assert torch.equal(dense[2], packed[2])
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "fp8"])

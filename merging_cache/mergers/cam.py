@@ -37,7 +37,7 @@ class CAMMerger(ReferenceMerger):
         # the survivors that take something in, numbered; how many of them, and of their attention, come before each
         before = torch.nn.functional.pad(takes.cumsum(dim=-1), (1, 0))
         attention = drawn.gather(2, survivors.indices).double() * takes
-        first = before.gather(2, torch.searchsorted(survivors.indices, evicted))
+        first = before.gather(2, torch.searchsorted(survivors.indices.contiguous(), evicted))
         last = torch.minimum(first + self.window, before[..., -1:])
         order = (~takes).to(torch.uint8).sort(dim=-1, stable=True).indices  # those that take first
         summed = torch.nn.functional.pad(attention.gather(2, order).cumsum(dim=-1), (1, 0))
