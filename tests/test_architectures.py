@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from architectures import causal_lm_types, tiny_model
+from architectures import causal_lm_types, tiny_config, tiny_model
 from merging_cache import MergingDynamicCache, Scorer
 from merging_cache.model import cache_argument, can_link
 from models import SameInAllHeads
@@ -140,7 +140,7 @@ def test_defaults_are_refused_only_where_something_folds():
     """A merger that the model does not allow is no matter where no layer folds."""
     for model_type in causal_lm_types():
         try:
-            config = built(model_type).config
+            config = tiny_config(model_type)
             kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
         except Exception:
             continue

@@ -59,22 +59,23 @@ def options(scorer, budget, merger, weights):
     }
 
 
-def turn(caches, text, mask):
+def turn(caches, text, mask, tokens):
     """A turn of generation in a batch, then each row by hand on its own cache, fed what was generated.
 
     Args:
         caches: that of the batch, and one for each row.
         text, mask: `[2, L]`, the whole conversation so far.
+        tokens: how many are generated.
 
     Returns:
-        the conversation after it, and the logits `[3, 2, vocabulary]` of the batch and of the rows.
+        the conversation after it, and the logits `[tokens, 2, vocabulary]` of the batch and of the rows.
     """
-    output = greedy(model(), {"input_ids": text, "attention_mask": mask}, 3, **cache_argument(caches[0]))
+    output = greedy(model(), {"input_ids": text, "attention_mask": mask}, tokens, **cache_argument(caches[0]))
     rows = []
     for row, cache in enumerate(caches[1:]):
         mine = output.sequences[row : row + 1, max(LENGTHS) - LENGTHS[row] :]
-        end = mine.shape[1] - 3
-        pieces = [mine[:, cache.get_seq_length() : end], mine[:, end : end + 1], mine[:, end + 1 : end + 2]]
+        end = mine.shape[1] - tokens
+        pieces = [mine[:, cache.get_seq_length() : end], *mine[:, end:-1].split(1, 1)]
         rows.append(torch.stack([model()(piece, **cache_argument(cache)).logits[:, -1] for piece in pieces]))
     return output.sequences, torch.stack(output.logits), torch.cat(rows, dim=1)
 
@@ -95,8 +96,8 @@ def test_padded_turns_equal_rows_alone(scorer, budget, merger, weights):
     for quantized in (False, True):
         caches = [new_cache(quantized, **how) for _ in range(3)]
         text, mask = inputs["input_ids"], inputs["attention_mask"]
-        for new in (prompt(9, 2, seed=5), None):
-            text, together, alone = turn(caches, text, mask)
+        for new, tokens in ((prompt(9, 2, seed=5), 3), (None, 2)):
+            text, together, alone = turn(caches, text, mask, tokens)
             kind = "fp8" if quantized else "dense"
             torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-2, msg=lambda told, kind=kind: kind + told)
             if new is not None:
