@@ -62,6 +62,7 @@ def test_a_fold_that_is_due_is_done():
     assert cache.fixed(4).layers[0].keys.shape[2] == 24 + 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "expected_graphs"), [("llama", 1), ("gemma3_text", 2)])
 def test_decoding_compiles_once(model_type, expected_graphs):
     """256 tokens by one graph without breaks, and one more for a sliding window that was full before."""

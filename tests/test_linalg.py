@@ -73,6 +73,7 @@ for how in ({"merger": "refit"}, {"scorer": "leverage"}, {"scorer": "cap"}):
 """
 
 
+@pytest.mark.slow
 def test_batches_of_large_systems_come_back_on_two_threads():
     """In a process of its own, which is killed if they do not: batches of grams of 512 rows and of 256."""
     done = subprocess.run([sys.executable, "-c", REFIT], capture_output=True, text=True, timeout=120)

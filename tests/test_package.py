@@ -19,6 +19,7 @@ pytestmark = pytest.mark.core
 PACKAGE = Path(merging_cache.__file__).parent
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing_in_transformers():
     script = """
 import transformers, sys
@@ -89,6 +90,7 @@ print((peak - before - outputs) / 2**30)
 """
 
 
+@pytest.mark.slow
 def test_folding_32k_tokens_takes_little_memory():
     """8 KV heads of dimension 128 in fp32, half of 32,768 tokens: less than 0.7 GiB beyond inputs and outputs."""
     done = subprocess.run([sys.executable, "-c", FOLD_32K], check=True, timeout=600, capture_output=True, text=True)
@@ -110,6 +112,7 @@ class LargestResult(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["exact", "local"])
 @pytest.mark.parametrize("precisions", [(), (nearest.Int8,), (nearest.BFloat16,)], ids=str)
 def test_routing_grows_with_the_length_not_its_square(routing, precisions, monkeypatch):

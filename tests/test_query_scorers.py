@@ -519,6 +519,7 @@ NOT_ROTARY = """bart beam bert bert-generation biogpt blenderbot blenderbot-smal
 OTHER_ROTARY = "llama4 llama4_text zaya"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_rotary_is_right_or_refused():
     """Over all architectures: a first layer that is not refused gives one query for one token."""
