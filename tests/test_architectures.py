@@ -131,7 +131,7 @@ def test_every_architecture_is_exact_or_refused():
     inkling = {"inkling_text", "inkling2_text", "inkling2_loop_text"}
     assert refused <= {"bloom", "mpt", "prophetnet", "gpt_neo", "diffllama", "doge", *inkling}
     assert len(exact) >= 105
-    if transformers.__version__ == TESTED:  # what the README says
+    if transformers.__version__ == TESTED:  # what examples/README.md says
         assert (len(exact), len(outcomes)) == (EXACT, ALL)
 
 

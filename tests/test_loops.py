@@ -9,7 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from merging_cache import MergingDynamicCache
 from merging_cache.model import cache_argument
-from models import CACHES, WINDOW, SameInAllHeads, greedy, left_padded, llama, prompt, tiny_config
+from models import CACHES, WINDOW, SameInAllHeads, greedy, left_padded, llama, prompt, tiny_config, tiny_model
 
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("ignore")]
 
@@ -76,6 +76,21 @@ def test_every_loop_folds_its_own_copy(kind):
     for token in output.sequences[:, LENGTH:-1].split(1, 1):
         logits.append(model(token, **cache_argument(by_hand)).logits[:, -1])
     torch.testing.assert_close(torch.stack(output.logits), torch.stack(logits), rtol=1e-4, atol=1e-4)
+
+
+@loops
+def test_loops_of_hybrid_layers_at_ratio_zero():
+    """Inkling 2's looped layers hold a linear-attention state, too; its position bias allows no fold."""
+    model, ids = tiny_model("inkling2_loop_text", attention="eager"), prompt(LENGTH)
+    full = greedy(model, ids, **cache_argument(DynamicCache(config=model.config)))
+    cache = CACHES["dynamic"](model, compression_ratio=0)
+    for _ in range(2):
+        same = greedy(model, ids, **cache_argument(cache))
+        assert torch.equal(torch.stack(full.logits), torch.stack(same.logits))
+        assert len(cache.folding_layers) == 3
+        cache.reset()
+    with pytest.raises(ValueError, match="position bias"):
+        MergingDynamicCache(config=model.config)
 
 
 @loops
