@@ -48,8 +48,11 @@ class FixedStorage(Storage):
     def append(self, keys: Tensor, values: Tensor) -> None:
         places = torch.arange(keys.shape[2], device=self.count.device) + self.count
         self.count.add_(keys.shape[2])
-        self._keys.index_copy_(2, places, keys)
-        self._values.index_copy_(2, places, values)
+        for states, new in ((self._keys, keys), (self._values, values)):
+            try:
+                states.index_copy_(2, places, new)
+            except NotImplementedError:  # on devices such as MPS it may be missing
+                states[:, :, places] = new
 
     def select_rows(self, indices: Tensor) -> None:
         """Make row `indices[i]` of the batch row i, of as many as there are."""
