@@ -4,6 +4,7 @@ import torch
 
 from architectures import tiny_config, tiny_model
 from merging_cache import MergingDynamicCache, MergingQuantizedCache, Scorer
+from merging_cache.model import cache_argument
 
 VOCABULARY = 97
 # a small window, so that few prompts are within the budget by protection alone
@@ -72,6 +73,21 @@ def greedy(model, inputs, new_tokens=8, **options):
     )
 
 
+def run_by_hand(model, cache, inputs, continuation):
+    """The logits `[1 + n, B, vocabulary]` after a prompt and after each of the n tokens behind it, fed one by one."""
+    if isinstance(inputs, torch.Tensor):
+        inputs = {"input_ids": inputs}
+    logits = [model(**inputs, **cache_argument(cache)).logits[:, -1]]
+    logits += [model(token, **cache_argument(cache)).logits[:, -1] for token in continuation.split(1, 1)]
+    return torch.stack(logits)
+
+
+def score_by_hand(model, cache, ids, continuation):
+    """The log-probability of the tokens `[n]` behind a prompt `[1, L]`, fed one by one: what a beam scores."""
+    logits = run_by_hand(model, cache, ids, continuation[None, :-1])[:, 0]
+    return logits.log_softmax(-1).gather(1, continuation[:, None]).sum().item()
+
+
 def stored(cache):
     """Keys, values and positions of all folding layers, for comparisons."""
     return [(layer.keys, layer.values, layer.positions) for layer in cache.folding_layers]
@@ -96,6 +112,8 @@ __all__ = [
     "left_padded",
     "llama",
     "prompt",
+    "run_by_hand",
+    "score_by_hand",
     "stored",
     "tiny_config",
     "tiny_model",

@@ -18,7 +18,7 @@ from architectures import tiny_model
 from merging_cache import MergingDynamicCache, MergingQuantizedCache, Scorer, merging_attention
 from merging_cache.mergers import DropMerger
 from merging_cache.model import attention, cache_argument
-from models import WINDOW, assert_same_cache, greedy, left_padded, llama, prompt
+from models import WINDOW, assert_same_cache, greedy, left_padded, llama, prompt, score_by_hand
 
 pytestmark = pytest.mark.core
 RAGGED = {
@@ -272,12 +272,7 @@ def test_beams_and_reordered_rows_of_ragged_caches(budget):
     )
     # the score of the best beam is that of its tokens fed one by one
     for row in range(2):
-        cache = linked(model, **options)
-        logits = model(ids[row : row + 1], **cache_argument(cache)).logits[:, -1]
-        total = 0.0
-        for token in beams.sequences[row, 50:]:
-            total += logits.log_softmax(-1)[0, token].item()
-            logits = model(token.view(1, 1), **cache_argument(cache)).logits[:, -1]
+        total = score_by_hand(model, linked(model, **options), ids[row : row + 1], beams.sequences[row, 50:])
         assert beams.sequences_scores[row].item() == pytest.approx(total / 8, abs=1e-4)
 
 

@@ -7,7 +7,18 @@ import torch
 from transformers import DynamicCache, QuantizedCache
 
 from merging_cache.model import CACHE_ARGUMENT, cache_argument
-from models import CACHES, WINDOW, assert_same_cache, greedy, left_padded, llama, prompt, stored, tiny_model
+from models import (
+    CACHES,
+    WINDOW,
+    assert_same_cache,
+    greedy,
+    left_padded,
+    llama,
+    prompt,
+    score_by_hand,
+    stored,
+    tiny_model,
+)
 
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("ignore:A batch of")]
 
@@ -145,11 +156,7 @@ def test_beams_score_what_their_tokens_score_alone(attention, kind):
         model, ids, **cache_argument(cache), num_beams=4, new_tokens=24, output_scores=True, length_penalty=0.0
     )
     twin = CACHES[kind](model, compression_ratio=0.5)
-    logits = model(ids, **cache_argument(twin)).logits[:, -1]
-    total = 0.0
-    for token in output.sequences[0, LENGTH:]:
-        total += logits.log_softmax(-1)[0, token].item()
-        logits = model(token.view(1, 1), **cache_argument(twin)).logits[:, -1]
+    total = score_by_hand(model, twin, ids, output.sequences[0, LENGTH:])
     assert output.sequences_scores.item() == pytest.approx(total, abs=1e-3)
 
 

@@ -9,7 +9,19 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from merging_cache import MergingDynamicCache
 from merging_cache.model import cache_argument
-from models import CACHES, WINDOW, SameInAllHeads, greedy, left_padded, llama, prompt, tiny_config, tiny_model
+from models import (
+    CACHES,
+    WINDOW,
+    SameInAllHeads,
+    greedy,
+    left_padded,
+    llama,
+    prompt,
+    run_by_hand,
+    score_by_hand,
+    tiny_config,
+    tiny_model,
+)
 
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("ignore")]
 
@@ -71,11 +83,8 @@ def test_every_loop_folds_its_own_copy(kind):
     output = greedy(model, ids, **cache_argument(cache))
     assert [layer.num_slots for layer in cache.folding_layers] == [LENGTH // 2] * 2
     assert len(cache.report().layers) == 4
-    by_hand = CACHES[kind](model, compression_ratio=0.5)
-    logits = [model(ids, **cache_argument(by_hand)).logits[:, -1]]
-    for token in output.sequences[:, LENGTH:-1].split(1, 1):
-        logits.append(model(token, **cache_argument(by_hand)).logits[:, -1])
-    torch.testing.assert_close(torch.stack(output.logits), torch.stack(logits), rtol=1e-4, atol=1e-4)
+    logits = run_by_hand(model, CACHES[kind](model, compression_ratio=0.5), ids, output.sequences[:, LENGTH:-1])
+    torch.testing.assert_close(torch.stack(output.logits), logits, rtol=1e-4, atol=1e-4)
 
 
 @loops
@@ -177,9 +186,5 @@ def test_beams_reorder_every_loop(kind):
     model, ids = dory(), prompt(LENGTH)
     cache = CACHES[kind](model, compression_ratio=0.5)
     beams = greedy(model, ids, 4, num_beams=2, output_logits=False, output_scores=True, **cache_argument(cache))
-    by_hand, total = CACHES[kind](model, compression_ratio=0.5), 0.0
-    logits = model(ids, **cache_argument(by_hand)).logits[:, -1]
-    for token in beams.sequences[0, LENGTH:]:
-        total += logits.log_softmax(-1)[0, token].item()
-        logits = model(token.view(1, 1), **cache_argument(by_hand)).logits[:, -1]
+    total = score_by_hand(model, CACHES[kind](model, compression_ratio=0.5), ids, beams.sequences[0, LENGTH:])
     assert beams.sequences_scores[0].item() == pytest.approx(total / 4, abs=2e-3)

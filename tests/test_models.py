@@ -13,7 +13,7 @@ from transformers import (
 from architectures import tiny_config
 from merging_cache import MergingDynamicCache, MergingQuantizedCache
 from merging_cache.model import cache_argument
-from models import CACHES, WINDOW, greedy, prompt, tiny_model
+from models import CACHES, WINDOW, greedy, prompt, run_by_hand, tiny_model
 
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("ignore")]
 
@@ -43,12 +43,6 @@ def keeps_its_own_cache(family, model):
     except Exception:
         return True
     return False
-
-
-def run_by_hand(model, cache, ids, continuation):
-    logits = [model(ids, **cache_argument(cache)).logits[:, -1]]
-    logits += [model(token, **cache_argument(cache)).logits[:, -1] for token in continuation.split(1, 1)]
-    return torch.stack(logits)
 
 
 @families
@@ -249,7 +243,5 @@ def test_llava_with_an_image(kind):
     output = greedy(model, inputs, **cache_argument(cache))
     assert [layer.num_slots for layer in cache.layers] == [LENGTH // 2] * 2
     twin = CACHES[kind](model, compression_ratio=0.5)
-    logits = [model(**inputs, **cache_argument(twin)).logits[:, -1]]
-    for token in output.sequences[:, LENGTH:-1].split(1, 1):
-        logits.append(model(token, **cache_argument(twin)).logits[:, -1])
-    torch.testing.assert_close(torch.stack(output.logits), torch.stack(logits), rtol=1e-4, atol=1e-4)
+    logits = run_by_hand(model, twin, inputs, output.sequences[:, LENGTH:-1])
+    torch.testing.assert_close(torch.stack(output.logits), logits, rtol=1e-4, atol=1e-4)

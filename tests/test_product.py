@@ -8,7 +8,7 @@ import torch
 
 from merging_cache import BUDGETS, MERGERS, SCORERS, MergingDynamicCache, MergingQuantizedCache
 from merging_cache.model import cache_argument
-from models import greedy, left_padded, llama, prompt
+from models import greedy, left_padded, llama, prompt, run_by_hand, score_by_hand
 from test_query_scorers import gate_weights, kvzap_weights
 
 LENGTHS = [44, 26]
@@ -75,8 +75,7 @@ def turn(caches, text, mask, tokens):
     for row, cache in enumerate(caches[1:]):
         mine = output.sequences[row : row + 1, max(LENGTHS) - LENGTHS[row] :]
         end = mine.shape[1] - tokens
-        pieces = [mine[:, cache.get_seq_length() : end], *mine[:, end:-1].split(1, 1)]
-        rows.append(torch.stack([model()(piece, **cache_argument(cache)).logits[:, -1] for piece in pieces]))
+        rows.append(run_by_hand(model(), cache, mine[:, cache.get_seq_length() : end], mine[:, end:-1]))
     return output.sequences, torch.stack(output.logits), torch.cat(rows, dim=1)
 
 
@@ -127,11 +126,7 @@ def test_beams_and_drafts(scorer, budget, quantized, weights):
         return new_cache(quantized, **how | ({"residual_length": 64} if quantized else {}) | more)
 
     beams = greedy(model(), ids, 4, **cache_argument(new()), num_beams=2, output_logits=False, output_scores=True)
-    by_hand, total = new(), 0.0
-    logits = model()(ids, **cache_argument(by_hand)).logits[:, -1]
-    for token in beams.sequences[0, 36:]:
-        total += logits.log_softmax(-1)[0, token].item()
-        logits = model()(token.view(1, 1), **cache_argument(by_hand)).logits[:, -1]
+    total = score_by_hand(model(), new(), ids, beams.sequences[0, 36:])
     assert beams.sequences_scores[0].item() == pytest.approx(total / 4, abs=2e-3)
 
     drafted = new(fold_at="decode")

@@ -173,11 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"written to {output}: {', '.join(files)}")
             if not find_spec("matplotlib"):
                 print("matplotlib is not installed: no pictures (pip install 'merging_cache[plot]')", file=sys.stderr)
-    evaluation.leave()
-    if stopped:
+    if stopped:  # in the middle of something, so the processes cannot wait for one another
         if output is not None:
             print("stopped: the same command goes on from here", file=sys.stderr)
         sys.exit(STOPPED)
+    evaluation.leave()
 
 
 if __name__ == "__main__":

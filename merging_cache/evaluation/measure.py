@@ -169,8 +169,7 @@ class Measurer:
     def _generate(self, ids: Tensor, mask: Tensor, cache: Cache, max_new_tokens: int) -> tuple[Tensor, float]:
         """What is generated, behind `ids` `[B, L]`, and the seconds it took."""
         started = clock(self.model.device)
-        read = {"attention_mask": mask, **cache_argument(cache)}
-        output = self.model.generate(ids, **read, max_new_tokens=max_new_tokens)
+        output = self.model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **cache_argument(cache))
         return output, clock(self.model.device) - started
 
 

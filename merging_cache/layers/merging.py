@@ -4,6 +4,7 @@ Knows nothing of how tokens are scored, chosen and merged (`fold.py`), of where 
 in which it refuses (`guards.py`).
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,11 +35,10 @@ class MergingLayer(StoredLayer):
     def __init__(self, shared: Shared, layer_idx: int, layer_rank: tuple[int, int] | None = None) -> None:
         self.layer_rank = layer_rank
         super().__init__(shared, layer_idx)
-        self.join(shared)
 
     def join(self, shared: Shared) -> None:
-        """Belong to the cache whose layers share this."""
-        self._shared, self.guards = shared, Guards(self.layer_idx, shared)
+        super().join(shared)
+        self.guards = Guards(self.layer_idx, shared)
 
     def _clear(self) -> None:
         super()._clear()
@@ -93,7 +93,7 @@ class MergingLayer(StoredLayer):
             self._prompt = (keys, values) if is_observed else None
             Pass(self, self.layer_idx, keys.shape[2], *self._fitted_slots()).announce(keys)
         if not is_observed:
-            self._end_pass(new, keys, values)
+            self._end_pass(new, keys, values, self._observed)
         return keys, values
 
     def attended(
@@ -119,7 +119,7 @@ class MergingLayer(StoredLayer):
         if prompt is None:
             return
         (keys, values), fold, new = prompt, self._shared.fold, query.shape[2]
-        before = replace(self._observed)
+        before = copy.copy(self._observed)
         self.guards.check_attended_heads(key.shape[1], keys.shape[1])
         padding = None if visible is None else ~visible[:, -new:]
         self._shared.padding.observe(padding, self.seen - new, query.shape[0])
@@ -132,24 +132,21 @@ class MergingLayer(StoredLayer):
                 self._observed.receive(queries, self.seen - new, hidden_states)
                 if not self.record_past:
                     self._observed.digest(fold, self._states(keys, values))
-        try:
-            self._end_pass(new, keys, values)
-        except Exception:
-            self._observed = before
-            raise
+        self._end_pass(new, keys, values, before)
 
-    def _end_pass(self, new: int, keys: Tensor, values: Tensor) -> None:
+    def _end_pass(self, new: int, keys: Tensor, values: Tensor, before: Observed) -> None:
         """After a pass of `new` tokens: fold if that is due now, or let what is stored settle.
 
         Args:
             new: how many tokens it had.
             keys, values: all that is stored.
+            before: what was observed before it, which is all that stays if the fold is refused.
         """
         if self._fold_due and not self.record_past and self._shared.config.fold_at == "prefill":
             try:
                 self._fold_if_due(keys, values)
             except Exception:
-                self._fold_due = False
+                self._fold_due, self._observed = False, before
                 self.take_back(new)
                 raise
         if not self._fold_due and self._folds_before(new):

@@ -46,8 +46,12 @@ class StoredLayer(DynamicLayer):
     def __init__(self, shared: Shared, layer_idx: int) -> None:
         # not calling the parent's: it would assign `keys` and `values`, which are computed here
         self.layer_idx = layer_idx
-        self._shared = shared
+        self.join(shared)
         self._clear()
+
+    def join(self, shared: Shared) -> None:
+        """Belong to the cache whose layers share this."""
+        self._shared = shared
 
     def _clear(self) -> None:
         self.is_initialized = False
