@@ -4,7 +4,8 @@ from .budgets import BUDGETS, Budget
 from .cache import MergingDynamicCache, MergingQuantizedCache
 from .config import MergingConfig
 from .mergers import MERGERS, Merger
-from .model import merging_attention
+from .model import load_model, merging_attention
+from .reading import Reading
 from .report import CacheReport, LayerReport, plot_merges
 from .scorers import SCORERS, KVPressScorer, Scorer
 from .states import LayerStates, Slots, Survivors
@@ -24,9 +25,11 @@ __all__ = [
     "MergingConfig",
     "MergingDynamicCache",
     "MergingQuantizedCache",
+    "Reading",
     "Scorer",
     "Slots",
     "Survivors",
+    "load_model",
     "merging_attention",
     "plot_merges",
 ]

@@ -142,6 +142,11 @@ class MergingDynamicCache(DynamicCache):
         """The layers that fold."""
         return [layer for layer in self.layers if isinstance(layer, MergingLayer)]
 
+    def is_of(self, model: PreTrainedModel) -> bool:
+        """Whether it was made for this model, or one of its kind, as far as it was told."""
+        own, other = self._config, config_of(None, model).get_text_config(decoder=True)
+        return own is None or (type(own), own.num_hidden_layers) == (type(other), other.num_hidden_layers)
+
     @property
     def attention_mask(self) -> Tensor | None:
         """`[B, tokens]`, 0 where a token of the batch is padding; `None` where none is known to be."""

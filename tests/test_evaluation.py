@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from merging_cache import MergingDynamicCache
 from merging_cache.evaluation import Evaluation, EvaluationConfig, Summary, Variant
 from merging_cache.evaluation.__main__ import main, write_reports
-from merging_cache.evaluation.measure import Encoder, Measurer
+from merging_cache.evaluation.measure import Encoder, Measurer, Questioned
 from merging_cache.evaluation.metrics import (
     bootstrap_interval,
     bootstrap_interval_of_tasks,
@@ -27,7 +27,7 @@ from merging_cache.evaluation.metrics import (
     string_match_part,
 )
 from merging_cache.evaluation.needle_words import NeedleWords, count_words
-from merging_cache.evaluation.plots import score_against_bytes
+from merging_cache.evaluation.plots import against_bytes
 from merging_cache.evaluation.results import Results
 from merging_cache.evaluation.ruler import fit
 from merging_cache.evaluation.run import shipped_model
@@ -46,13 +46,17 @@ SMALL = {
 }
 
 
-def measured(evaluation: Evaluation) -> dict[str, dict]:
-    """What does not depend on the clock, by cell."""
-    results = {}
-    for cell in evaluation.cells:
-        columns = {name: column for name, column in evaluation.results[cell].items() if "seconds" not in name}
-        results[json.dumps(cell, sort_keys=True)] = columns
-    return results
+def measured(evaluation: Evaluation) -> dict[tuple[str, int], dict]:
+    """What does not depend on the clock, by cell and example."""
+    return {
+        (json.dumps(cell, sort_keys=True), example): without_seconds(row)
+        for cell in evaluation.cells
+        for example, row in evaluation.results[cell].items()
+    }
+
+
+def without_seconds(row: dict) -> dict:
+    return {name: value for name, value in row.items() if "seconds" not in name}
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +118,13 @@ def test_the_interval_of_tasks_weighs_tasks_alike(differences):
 def test_results_are_kept_and_gone_on_with(tmp_path):
     path = tmp_path / "new" / "results.jsonl"
     results = Results(path, {"seed": 0, "lengths": (1, 2)})
-    results.add({"a": 1, "b": [2]}, {"score": [0.5]})
+    results.add({"a": 1, "b": [2]}, 3, {"score": 0.5})
     whole = path.read_text()
     path.write_text(whole + '{"cell": {"a": 2, "b"')  # interrupted while it wrote
     again = Results(path, {"lengths": [1, 2], "seed": 0})
     assert path.read_text() == whole
-    assert {"b": [2], "a": 1} in again
-    assert again[{"b": [2], "a": 1}] == {"score": [0.5]}
-    assert {"a": 2} not in again
+    assert again[{"b": [2], "a": 1}] == {3: {"score": 0.5}}
+    assert again[{"a": 2}] == {}
     with pytest.raises(ValueError, match="measured with seed=0, and this run is to be with seed=1; choose another"):
         Results(path, {"seed": 1, "lengths": [1, 2]})
     path.write_text("[1]\n")
@@ -142,7 +145,8 @@ def test_answers_are_those_of_the_model_alone(known):
     for variant in evaluation.config.variants:
         for (task, length), examples in evaluation.examples.items():
             columns = evaluation.results[{"task": task, "context_length": length, "variant": variant.to_dict()}]
-            for example, prediction, score in zip(examples, columns["prediction"], columns["score"], strict=True):
+            for index, (example,) in enumerate(examples):
+                prediction, score = columns[index]["prediction"], columns[index]["score"]
                 whole = tokenizer(example.prompt, return_tensors="pt").input_ids
                 read = whole[:, :-1] if known else tokenizer(example.context, return_tensors="pt").input_ids
                 if variant.is_full:
@@ -160,11 +164,9 @@ def test_answers_are_those_of_the_model_alone(known):
 
 
 def test_bytes_and_counts_are_those_of_the_cache(small):
-    full, dropped, merged = (
-        small.results[{"task": "vt", "context_length": 180, "variant": variant.to_dict()}]
-        for variant in small.config.variants
-    )
-    read = len(small.tokenizer(small.examples["vt", 180][0].context).input_ids)
+    summary = Summary(small.results, small.cells)
+    full, dropped, merged = (summary.measured("vt", 180, variant) for variant in small.config.variants)
+    read = len(small.tokenizer(small.examples["vt", 180][0][0].context).input_ids)
     per_token = 3 * 4 * 2 * 32 * 4  # layers, KV heads, keys and values, dimensions, bytes
     assert full["bytes"][0] == read * per_token
     slots = read // 2
@@ -190,37 +192,48 @@ def test_quantized_caches_budgets_and_sizes_are_swept(tmp_path):
     evaluation.run(progress=False)
     rows = {row.variant.label: row for row in Summary(evaluation.results, evaluation.cells).rows(["vt"], 160)}
     assert len(rows) == 1 + 2 * 2 * 3
-    read = len(evaluation.encoder(evaluation.examples["vt", 160][0]).read)
+    read = len(evaluation.encoder(evaluation.examples["vt", 160][0][0]).read)
     assert rows["keydiff drop 64 tokens"].share == pytest.approx(64 / read, rel=0.05)
     assert rows["keydiff drop 64 tokens quanto-4"].share < 0.3 * rows["keydiff drop 64 tokens"].share
     assert rows["keydiff drop 64 tokens fp8"].share < 0.4 * rows["keydiff drop 64 tokens"].share
     assert "keydiff adakv(safeguard=0.5) auto 64 tokens fp8" in rows
 
 
-def test_text_is_measured_against_the_full_cache(tmp_path):
-    evaluation = Evaluation(EvaluationConfig(**SMALL))
-    text = " ".join(example.context for example in evaluation.examples["vt", 180])
-    (tmp_path / "text.txt").write_text(text)
-    evaluation = Evaluation(EvaluationConfig(**SMALL | {"tasks": ["vt"], "text": str(tmp_path / "text.txt")}))
+@pytest.mark.parametrize("known", [False, True])
+def test_losses_are_those_of_the_model_alone(known):
+    """Token by token, each question on a cache of its own that read the context, against one pass over padded rows."""
+    options = SMALL | {"tasks": ["facts", "quotations", "following", "vt"], "compression_ratios": [], "examples": 2}
+    options |= {"max_tokens": [90], "scorers": ["snapkv"], "batch_size": 20, "generate": False, "context_length": 200}
+    evaluation = Evaluation(EvaluationConfig(**options, question_in_context=known))
     evaluation.run(progress=False)
     model = AutoModelForCausalLM.from_pretrained(shipped_model()).eval()
-    for variant in evaluation.config.variants:
-        (cell,) = [c for c in evaluation.cells if c["task"] == "text" and c["variant"] == variant.to_dict()]
-        columns = evaluation.results[cell]
-        for window, loss, divergence in zip(evaluation.windows[180], columns["loss"], columns["kl"], strict=True):
-            ids = torch.tensor([window])
-            with torch.no_grad():
-                full = model(ids).logits[0, 180 - 22 : -1].log_softmax(-1)
-                cache = DynamicCache(config=model.config) if variant.is_full else variant.make_cache(model)
-                model(ids[:, : 180 - 22], **cache_argument(cache))
-                held = model(ids[:, 180 - 22 :], **cache_argument(cache)).logits[0, :-1].log_softmax(-1)
-            expected = -held.gather(1, ids[0, 180 - 22 + 1 :, None]).mean()
-            assert loss == pytest.approx(expected.item(), abs=1e-4)
-            assert divergence == pytest.approx((full.exp() * (full - held)).sum(-1).mean().item(), abs=1e-4)
-    rows = Summary(evaluation.results, evaluation.cells).rows(["text"], 180)
-    assert rows[0].values["kl"] == pytest.approx(0, abs=1e-5)
-    assert rows[1].values["kl"] > 0.01
-    assert "KL from full cache" in markdown(Summary(evaluation.results, evaluation.cells))
+
+    def alone(variant, encoded):
+        """The log-probabilities `[n, vocabulary]` at the tokens of the answer."""
+        cache = DynamicCache(config=model.config) if variant.is_full else variant.make_cache(model)
+        with torch.no_grad():
+            model(torch.tensor([encoded.read]), **cache_argument(cache))
+            if not variant.is_full:
+                cache.activate_past_recording()  # the question folds nothing
+            fed = torch.tensor([[*encoded.asked, *encoded.answer][:-1]])
+            logits = [model(one, **cache_argument(cache)).logits[0, -1] for one in fed.split(1, dim=1)]
+        return torch.stack(logits[-len(encoded.answer) :]).log_softmax(-1)
+
+    for item in (item for batch in evaluation.batches for item in batch.items):
+        full = [alone(Variant(), encoded) for encoded in item.encoded]
+        for variant in evaluation.config.variants:
+            row = evaluation.results[evaluation._cell(item, variant)][item.index]
+            held = [alone(variant, encoded) for encoded in item.encoded]
+            answers = [torch.tensor(encoded.answer) for encoded in item.encoded]
+            losses = [-one.gather(1, answer[:, None]).mean() for one, answer in zip(held, answers, strict=True)]
+            apart = [(other.exp() * (other - one)).sum(-1).mean() for one, other in zip(held, full, strict=True)]
+            right = [torch.equal(one.argmax(-1), answer) for one, answer in zip(held, answers, strict=True)]
+            assert row["loss"] == pytest.approx(torch.stack(losses).mean().item(), abs=2e-4)
+            assert row["kl"] == pytest.approx(torch.stack(apart).mean().item(), abs=2e-4)
+            assert row["score"] == sum(right) / len(right)
+    contexts = {tuple(row) for batch in evaluation.batches for row in batch.rows}
+    # of questions that are read all but the last token, which is the fact's name; the text goes on whatever is asked
+    assert len(contexts) == 2 + 2 * (1 + 4 + 1 if known else 1)
 
 
 # Stopping, going on and sharing ---------------------------------------------------------------------------------------
@@ -240,10 +253,14 @@ def launch(launcher: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def by_example(lines: list[dict]) -> dict[tuple[str, int], dict]:
+    return {(json.dumps(line["cell"], sort_keys=True), line["example"]): line["measured"] for line in lines}
+
+
 def read_lines(output: Path) -> list[dict]:
     lines = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
     for line in lines[1:]:
-        line["measured"] = {name: column for name, column in line["measured"].items() if "seconds" not in name}
+        line["measured"] = without_seconds(line["measured"])
     return lines
 
 
@@ -258,15 +275,16 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, small):
     process.wait()
     before = path.read_text()
     before = before[: before.rfind("\n") + 1]
-    assert 3 <= before.count("\n") < 10  # the setting, some cells, not all of them
+    finished = before.count("\n") - 1
+    assert 2 <= finished < 45  # some examples, not all of them
     done = subprocess.run([sys.executable, *command(tmp_path)], check=True, capture_output=True, text=True)
     assert path.read_text().startswith(before)  # timings included: what was finished was not measured again
-    missing = 10 - before.count("\n")
-    assert f"{missing}/{missing}" in done.stderr  # the bar counts what was missing
-    cells = [json.dumps(line["cell"], sort_keys=True) for line in read_lines(tmp_path)[1:]]
-    assert len(cells) == len(set(cells)) == 9
-    expected = measured(small)
-    assert {cell: line["measured"] for cell, line in zip(cells, read_lines(tmp_path)[1:], strict=True)} == expected
+    lines = read_lines(tmp_path)[1:]
+    assert len(lines) <= 45 + 1  # but for a cache of which one example was written and the other not
+    assert by_example(lines) == measured(small)
+    assert re.search(
+        r"to do: \d+ contexts of up to \d+ tokens to read, in \d+ readings?, \d+ caches? to fill", done.stderr
+    )
     assert {"report.html", "summary.md", "summary.json"} <= {file.name for file in tmp_path.iterdir()}
 
 
@@ -282,8 +300,7 @@ def test_two_processes_give_what_one_gives(launcher, tmp_path, small):
         free.bind(("127.0.0.1", 0))
         launcher, *options = launcher.format(port=free.getsockname()[1]).split()
     launch(launcher, *options, *command(tmp_path))
-    lines = read_lines(tmp_path)
-    assert {json.dumps(line["cell"], sort_keys=True): line["measured"] for line in lines[1:]} == measured(small)
+    assert by_example(read_lines(tmp_path)[1:]) == measured(small)
     assert "2 processes" in (tmp_path / "summary.md").read_text()
 
 
@@ -299,13 +316,12 @@ def test_tensor_parallel_gives_what_one_process_gives(tmp_path, small):
         f"main({options!r})\nassert not distributed.is_initialized()\n"
     )
     launch("torchrun", "--standalone", "--nproc-per-node", "2", str(script))
-    expected = measured(small)
-    lines = read_lines(tmp_path)[1:]
-    assert len(lines) == len(expected)
-    for line in lines:
-        alone = expected[json.dumps(line["cell"], sort_keys=True)]
-        for name, column in line["measured"].items():
-            assert column == (alone[name] if name == "prediction" else pytest.approx(alone[name]))
+    expected, found = measured(small), by_example(read_lines(tmp_path)[1:])
+    assert found.keys() == expected.keys()
+    for key, row in found.items():
+        for name, value in row.items():
+            alone = expected[key][name]
+            assert value == (alone if name == "prediction" else pytest.approx(alone, rel=1e-3, abs=1e-4))
 
 
 # Reports --------------------------------------------------------------------------------------------------------------
@@ -322,31 +338,46 @@ def test_a_summary_by_hand():
     for task, of_variants in scores.items():
         for variant, column in zip(variants, of_variants, strict=True):
             cells.append({"task": task, "context_length": 99, "variant": variant.to_dict()})
-            nbytes = 100.0 if variant.is_full else 40.0
-            costs = {"bytes": [nbytes] * 3, "prefill_seconds": [1, 2, 3], "decoding_seconds": [2, 2, 2]}
-            counts = {"new_tokens": [4] * 3, "merged": [0.0] * 3, "dropped": [5.0] * 3, "prediction": ["x"] * 3}
-            results.add(cells[-1], {"score": column, **costs, **counts})
+            costs = {"bytes": 100.0 if variant.is_full else 40.0, "fold_seconds": 2.0, "decoding_seconds": 3.0}
+            more = {"reading_seconds": 1.5, "merged": 0.0, "dropped": 5.0, "prediction": "x", "kl": 0.1}
+            for index, score in enumerate(column):
+                results.add(cells[-1], index, {"score": score, "loss": 2.0 - score, **costs, **more})
     summary = Summary(results, cells)
     full, dropped, merged = summary.rows(["vt", "fwe"], 99)
     assert full.values["score"] == pytest.approx((1 + 2 / 3) / 2)
-    assert (full.lost, full.gained, full.share) == (None, None, 1)
-    assert dropped.lost.mean == pytest.approx((-2 / 3 - 2 / 3) / 2)
-    assert dropped.gained is None
-    assert merged.gained.mean == pytest.approx((1 / 3 + 1 / 3) / 2)
-    assert merged.lost.mean == pytest.approx(-1 / 3)
+    assert (full.against_full, full.against_drop, full.share) == ({}, {}, 1)
+    assert dropped.against_full["score"].mean == pytest.approx((-2 / 3 - 2 / 3) / 2)
+    assert dropped.against_drop == {}
+    assert merged.against_drop["score"].mean == pytest.approx((1 / 3 + 1 / 3) / 2)
+    assert merged.against_drop["loss"].mean == pytest.approx(-1 / 3)
+    assert merged.against_full["score"].mean == pytest.approx(-1 / 3)
     assert merged.share == 0.4
     assert merged.examples == 6
-    (gain,) = [row.gained for row in summary.rows(["fwe"], 99) if row.gained]
+    (gain,) = [row.against_drop["score"] for row in summary.rows(["fwe"], 99) if row.against_drop]
     low, high = bootstrap_interval(torch.tensor([0.0, 0.0, 1.0]))
     assert (gain.low, gain.high) == (low, high)
     assert Difference.between([torch.tensor([1.0])], [torch.tensor([0.0])]).low == 1
     assert not Difference.between([torch.tensor([1.0])], [torch.tensor([0.0])]).is_sure  # one example tells nothing
     lines = markdown(summary).splitlines()
     assert lines[0] == "### 2 tasks of 99 tokens, 3 examples of each"
-    row = next(line for line in lines if line.startswith("| knorm similarity 50% |"))
-    assert row.split(" | ")[1:4] == ["0.500", merged.lost.text(3), merged.gained.text(3)]
-    assert row.split(" | ")[4:7] == ["40", "0.40", "2.000"]
+    row = next(line for line in lines if line.startswith("| knorm similarity 50% |")).split(" | ")
+    assert row[1:4] == ["0.500", "1.500", "0.100"]
+    assert row[4:8] == [one[name].text(3) for one in (merged.against_full, merged.against_drop) for name in one]
+    assert row[8:13] == ["40", "0.40", "1.500", "2.000", "3.000"]
     assert "| knorm similarity 50% | 0.67 | 0.33 |" in lines
+    assert "| knorm similarity 50% | 1.33 | 1.67 |" in lines
+
+
+def test_a_stopped_sweep_compares_what_all_caches_were_measured_on():
+    results, cells = Results(None, {}), []
+    for variant, indices in ((Variant(), (0, 1, 2)), (Variant("knorm", merger="drop", compression_ratio=0.5), (0, 2))):
+        cells.append({"task": "vt", "context_length": 99, "variant": variant.to_dict()})
+        for index in indices:
+            results.add(cells[-1], index, {"score": float(index), "loss": 0.0, "kl": 0.0, "bytes": 1.0})
+    cells.append(cells[-1] | {"variant": Variant("knorm", merger="mass", compression_ratio=0.5).to_dict()})
+    full, dropped = Summary(results, cells).rows(["vt"], 99)  # of the third nothing was measured
+    assert full.values["score"] == dropped.values["score"] == 1
+    assert full.examples == dropped.examples == 2
 
 
 def test_reports_are_written(tmp_path, small):
@@ -358,7 +389,9 @@ def test_reports_are_written(tmp_path, small):
         "summary.json",
         "report.html",
         "score_against_bytes_180.png",
-        "gain_by_task_180.png",
+        "score_gain_by_task_180.png",
+        "loss_against_bytes_180.png",
+        "loss_gain_by_task_180.png",
     }
     assert (tmp_path / "score_against_bytes_180.png").read_bytes().startswith(b"\x89PNG")
     assert tables in (tmp_path / "summary.md").read_text()
@@ -366,13 +399,12 @@ def test_reports_are_written(tmp_path, small):
     assert len(summary["by_task"]) == 9
     assert [row["cache"] for row in summary["over_all_tasks"]] == [variant.label for variant in small.config.variants]
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 4
     assert not re.search(r"""(src|href)=["']https?:""", page)  # opens offline
     for variant in small.config.variants:
         assert page.count(variant.label) >= 3
-    example = small.examples["vt", 180][0]
-    assert example.context in page
-    figure = score_against_bytes(Summary(small.results, small.cells), 180)
+    assert small.examples["vt", 180][0][0].context in page
+    figure = against_bytes(Summary(small.results, small.cells), 180, "score")
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     row = Summary(small.results, small.cells).row(SMALL["tasks"], 180, small.config.variants[2])
     assert lines["keydiff similarity"].get_xdata()[0] == row.share
@@ -403,7 +435,9 @@ def test_reports_are_written(tmp_path, small):
         ("--examples 0", "examples is 0; it must be at least 1"),
         ("--model no/such/model", "there is no model 'no/such/model'"),
         ("--haystack nowhere.txt", "haystack is 'nowhere.txt', and there is no such file"),
-        ("--text nowhere.txt", "text is 'nowhere.txt'"),
+        ("--context-length 1000 --tasks facts", "with 256 tokens of facts behind it, is 1256, but .* at most 1024"),
+        ("--context-length 32 --tasks facts", "prose takes at least .* tokens, and the context length is 32"),
+        ("--model nowhere.gguf", "there is no file nowhere.gguf"),
         ("--data nowhere.jsonl", "there is no file nowhere.jsonl"),
         ("--config nowhere.json", "nowhere.json could not be read as an evaluation config in JSON"),
         ("--chat", "chat is True, but .* has no chat template"),
@@ -418,14 +452,8 @@ def test_what_cannot_be_done_is_said_before_any_work(arguments, complaint, monke
     assert re.search(complaint, capsys.readouterr().err)
 
 
-def test_a_text_that_is_too_short_is_refused(tmp_path):
-    (tmp_path / "text.txt").write_text("fox " * 10)
-    with pytest.raises(ValueError, match="has 10 tokens, fewer than the context length of 180"):
-        Evaluation(EvaluationConfig(**SMALL | {"text": str(tmp_path / "text.txt")}))
-
-
 def test_another_setting_needs_another_output(tmp_path):
-    Evaluation(EvaluationConfig(**SMALL), tmp_path).results.add({"task": "x"}, {})
+    Evaluation(EvaluationConfig(**SMALL), tmp_path).results.add({"task": "x"}, 0, {})
     more = SMALL | {"scorers": ["knorm", "keydiff"], "tasks": ["vt"]}
     Evaluation(EvaluationConfig(**more), tmp_path)  # more or fewer cells are no other setting
     with pytest.raises(ValueError, match=r"measured with seed=0, and this run is to be with seed=3"):
@@ -445,7 +473,7 @@ def test_a_file_that_changed_is_another_setting(tmp_path):
     options = {"data": str(data.parent), "scorers": ["knorm"], "compression_ratios": [0.5]}
     evaluation = Evaluation(EvaluationConfig(**options), tmp_path)
     assert list(evaluation.examples) == [("niah_single_1", 4 + 4 + 128)]
-    evaluation.results.add({"task": "x"}, {})
+    evaluation.results.add({"task": "x"}, 0, {})
     Evaluation(EvaluationConfig(**options), tmp_path)
     data.write_text(json.dumps(record | {"answer": "1037"}))
     with pytest.raises(ValueError, match="was measured with data="):
@@ -455,7 +483,7 @@ def test_a_file_that_changed_is_another_setting(tmp_path):
 def test_a_setting_of_which_nothing_was_measured_gives_way(tmp_path):
     Evaluation(EvaluationConfig(**SMALL), tmp_path)
     evaluation = Evaluation(EvaluationConfig(**SMALL | {"seed": 3}), tmp_path)
-    evaluation.results.add({"task": "x"}, {})
+    evaluation.results.add({"task": "x"}, 0, {})
     assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])["setting"]["seed"] == 3
 
 
@@ -488,7 +516,7 @@ def test_an_output_that_cannot_be_is_refused(place, tmp_path, capsys):
         ({"context_length": "512"}, TypeError, "context_length is '512'; give a list"),
         ({"grids": [3]}, TypeError, "grids holds 3"),
         ({"data": ""}, ValueError, "data is empty; leave it out instead"),
-        ({"haystack": 3}, TypeError, "haystack is 3; it must be a string"),
+        ({"haystack": "essays.txt"}, TypeError, "haystack is 'essays.txt'; give a list"),
         ({"dtype": "float17"}, ValueError, "dtype is 'float17'"),
         ({"depth": -1}, ValueError, "depth is -1; it must be at least 0"),
     ],
@@ -560,23 +588,39 @@ def test_answers_do_not_depend_on_the_batch_size(scorer, tmp_path):
         config = EvaluationConfig(**options, data=str(tmp_path / "data.jsonl"), batch_size=batch_size)
         evaluation = Evaluation(config)
         evaluation.run(progress=False)
-        batches = evaluation._batches(evaluation.cells[0])
-        assert sorted(index for batch in batches for index in batch) == list(range(9))
-        of_sizes.append([columns["prediction"] for columns in measured(evaluation).values()])
-    assert len({len(batch) for batch in batches}) > 1 or len(batches) > 1
+        assert sorted(item.index for batch in evaluation.batches for item in batch.items) == list(range(9))
+        assert max(len(batch.rows) for batch in evaluation.batches) == batch_size
+        found = sorted(measured(evaluation).items())
+        of_sizes.append([row["prediction"] for _, row in found])
     assert of_sizes[0] == of_sizes[1] == of_sizes[2]
 
 
-def test_nothing_is_rehearsed_twice(small, monkeypatch):
-    evaluation = Evaluation(EvaluationConfig(**SMALL))
+def test_nothing_is_rehearsed_twice(monkeypatch):
+    evaluation = Evaluation(EvaluationConfig(**SMALL | {"compression_ratios": [0.5, 0.75]}))
     calls = []
-    answers = Measurer.answers
-    monkeypatch.setattr(Measurer, "answers", lambda self, *args: calls.append(args) or answers(self, *args))
+    measure = Questioned.measure
+
+    def counted(self, variant):
+        calls.append(variant)
+        return measure(self, variant)
+
+    monkeypatch.setattr(Questioned, "measure", counted)
     evaluation.prepare()
-    assert len(calls) == len(evaluation.config.variants)
+    assert [one.label for one in calls] == ["full cache", "keydiff drop 50%", "keydiff similarity 50%"]
+    evaluation.prepare()
+    assert len(calls) == 3
+
+
+def test_every_context_is_read_once(monkeypatch):
+    read = []
+    reads = Measurer.read
+    monkeypatch.setattr(Measurer, "read", lambda self, batch, *args: read.append(batch) or reads(self, batch, *args))
+    tasks = ["facts", "quotations", "following", "vt"]
+    evaluation = Evaluation(EvaluationConfig(**SMALL | {"tasks": tasks, "batch_size": 1, "context_length": 200}))
+    assert len(evaluation.batches) == 5 + 5  # the tasks about prose share their contexts
     evaluation.run(progress=False)
-    batches = sum(len(evaluation._batches(cell)) for cell in evaluation.cells)
-    assert len(calls) == len(evaluation.config.variants) + batches
+    assert len(read) - 1 == 10  # beside the rehearsal
+    assert {tuple(batch.rows) for batch in read[1:]} == {tuple(batch.rows) for batch in evaluation.batches}
 
 
 def test_a_stage_is_one_however_it_is_spelled():
@@ -600,8 +644,8 @@ def test_each_answer_has_its_own_limit(tmp_path):
     ]
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
     evaluation = Evaluation(EvaluationConfig(data=str(tmp_path / "data.jsonl"), compression_ratios=[]))
-    columns = evaluation.run(progress=False)[evaluation.cells[0]]
-    assert len(columns["prediction"][0].split()) == 1
+    rows = evaluation.run(progress=False)[evaluation.cells[0]]
+    assert len(rows[0]["prediction"].split()) == 1
 
 
 # Options --------------------------------------------------------------------------------------------------------------
@@ -666,7 +710,7 @@ def test_chat_templates_stand_around_the_context(small, monkeypatch):
         "{% if add_generation_prompt %}passage begins{% endif %}"
     )
     encoder = Encoder(evaluation.tokenizer, chat=True)
-    example = evaluation.examples["vt", 180][0]
+    (example,) = evaluation.examples["vt", 180][0]
     encoded = encoder(example)
     text = evaluation.tokenizer.decode(encoded.read + encoded.asked)
     assert text == f"vote for {example.context}{example.question} end passage begins"

@@ -1,9 +1,11 @@
 """RULER's tasks: built as they are defined, as long as asked, and answerable from their text alone."""
 
+import itertools
 import json
 import random
 import re
 from collections import Counter
+from pydoc_data.topics import topics
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from merging_cache.evaluation.documents import read_hotpotqa, read_squad
 from merging_cache.evaluation.english import English
 from merging_cache.evaluation.example import Example
+from merging_cache.evaluation.haystack import is_for_evaluation, is_prose, reference_prose
 from merging_cache.evaluation.needle_words import ATTRIBUTES, CODES, FILLER, GLUE, NAMES, NeedleWords, count_words
+from merging_cache.evaluation.prose import PROSE
 from merging_cache.evaluation.ready_made import example_of, read_examples
 from merging_cache.evaluation.ruler import RULER, NeedleInAHaystack, first_words, fit, zeta
 
@@ -31,7 +35,7 @@ def english(tmp_path_factory):
     rng = random.Random(0)
     names = [f"{rng.choice('bdfgklmnprst')}{rng.choice('aeiou')}x{i}" for i in range(400)]
     filler = "It has streets and squares, and people who like to walk there in the evening when it is not raining. " * 3
-    (folder / "essay.txt").write_text(ESSAY * 20 + "The end of it was never written down")
+    (folder / "essay.txt").write_text(ESSAY * 800 + "The end of it was never written down")
     paragraphs = [
         {
             "context": f"The mayor of {city} is {mayor}. {filler}",
@@ -52,7 +56,7 @@ def english(tmp_path_factory):
         about += [[f"About {names[300 + i]}", [filler]], [f"About {names[350 + i]}", [filler]]]
         asked.append({"question": f"Where was the mayor of {city} born?", "answer": home, "context": about})
     (folder / "hotpotqa.json").write_text(json.dumps(asked))
-    return English(folder / "essay.txt", folder / "squad.json", folder / "hotpotqa.json")
+    return English([folder / "essay.txt"], folder / "squad.json", folder / "hotpotqa.json")
 
 
 @pytest.fixture(scope="module")
@@ -328,15 +332,97 @@ def test_too_short_and_too_long_contexts_are_refused(english, count_tokens):
         fit("niah_multikey_2", NeedleWords(), count_words, 2000)
 
 
-@pytest.mark.parametrize(("name", "material"), [("niah_single_2", "haystack"), ("qa_1", "squad"), ("qa_2", "hotpotqa")])
+@pytest.mark.parametrize(("name", "material"), [("qa_1", "squad"), ("qa_2", "hotpotqa")])
 def test_missing_material_is_named(name, material, tmp_path):
     assert RULER[name].needs == material
     with pytest.raises(ValueError, match=f"needs the file {material}"):
         fit(name, English(), count_words, 2048)
     broken = tmp_path / "broken"
-    broken.write_text("" if material == "haystack" else '{"data": [1]}')
+    broken.write_text('{"data": [1]}')
     with pytest.raises(ValueError, match="broken"):
         fit(name, English(**{material: broken}), count_words, 2048)
+
+
+# Prose ----------------------------------------------------------------------------------------------------------------
+
+
+def prose(wording, length, index=0, seed=0):
+    """The examples of the three tasks about a stretch, by task."""
+    return {name: task.examples(name, wording, count_words, length, seed, index) for name, task in PROSE.items()}
+
+
+@pytest.mark.parametrize("wording", [English(), NeedleWords()], ids=["English", "needle"])
+@pytest.mark.parametrize("length", [300, 700])
+def test_facts_quotations_and_what_follows_are_told_by_one_context(wording, length):
+    made = prose(wording, length)
+    (context,) = {example.context for examples in made.values() for example in examples}
+    assert 0.85 * length <= max(count_words(one) for examples in made.values() for one in examples) <= length
+    assert len(made["facts"]) == 8
+    assert len({example.prompt for example in made["facts"]}) == 8
+    for example in made["facts"]:
+        (answer,) = example.answers
+        assert example.reference == f" {answer}"
+        assert context.count(answer) >= 1
+        assert RULER["vt"].metric  # facts are judged without generation
+        assert not PROSE["facts"].generates
+    assert len(made["quotations"]) == 4
+    for example in made["quotations"]:
+        assert context.count(example.answer_prefix + example.reference) == 1  # a passage that nothing was put into
+        assert (len(example.answer_prefix.split()), len(example.reference.split())) == (8, 12)
+    (following,) = made["following"]
+    assert following.question is None
+    assert len((following.answer_prefix + following.reference).split()) == 48
+    assert following.prompt not in context
+
+
+def test_what_follows_is_what_the_haystack_says_next():
+    (following,) = prose(English(), 700)["following"]
+    words = " ".join(reference_prose()).split()
+    last, told = following.context.split()[-6:], (following.answer_prefix + following.reference).split()
+    places = [i for i in range(len(words)) if words[i : i + 48] == told]
+    assert any(words[place - 6 : place] == last for place in places) or len(last) < 6
+
+
+def test_stretches_share_nothing_and_are_the_same_for_a_seed():
+    wording = English()
+    stretches = [wording.stretch(400, 48, 512, seed=0, index=index) for index in range(12)]
+    texts = [" ".join(itertools.chain(*sentences, after)) for sentences, after in stretches]
+    words = " ".join(reference_prose()).split()
+    whole = " ".join(words)
+    spans = sorted((whole.index(text), whole.index(text) + len(text)) for text in texts)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+    assert stretches[3] == English().stretch(400, 48, 512, seed=0, index=3)
+    assert stretches[3] != English().stretch(400, 48, 512, seed=1, index=3)
+
+
+def test_the_halves_of_the_reference_share_nothing():
+    ours, theirs = reference_prose(), reference_prose(fitting=True)
+    assert not {*ours} & {*theirs}
+    assert min(len(" ".join(half).split()) for half in (ours, theirs)) > 10_000
+    assert all(is_prose(one) for one in ours + theirs)
+    assert is_for_evaluation("assert") == is_for_evaluation("assert")
+    assert {is_for_evaluation(name) for name in topics} == {True, False}
+
+
+def test_a_haystack_that_is_too_short_says_so(tmp_path):
+    few = tmp_path / "few.txt"
+    few.write_text("The fox sat on a wall. " * 30)
+    for name, task in [("niah_single_2", RULER["niah_single_2"]), ("facts", PROSE["facts"])]:
+        with pytest.raises(ValueError, match="the haystack has 180 words"):
+            task.examples(name, English([few]), count_words, 700, 0, 0)
+    few.write_text("")
+    with pytest.raises(ValueError, match="few.txt has no words"):
+        fit("niah_single_2", English([few]), count_words, 700)
+    with pytest.raises(ValueError, match=r"contexts of 700 tokens that share nothing, and this is number \d+"):
+        prose(English(), 700, index=500)
+
+
+def test_several_files_are_one_haystack(tmp_path):
+    for name, word in (("one", "fox"), ("two", "owl")):
+        (tmp_path / name).write_text(f"The {word} sat. " * 200)
+    text = " ".join(English([tmp_path / "one", tmp_path / "two"]).prose(random.Random(3), 1100))
+    assert "fox" in text
+    assert "owl" in text
 
 
 # Ready-made examples --------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """The command: `python -m merging_cache.evaluation`, or `merging-cache`.
 
-Measures what a cache costs in answers: RULER's 13 tasks (arXiv:2404.06654) and the loss on running text, with the full
-cache, with tokens dropped and with tokens merged, and says so in tables, pictures and a page. Stop it when you like:
-started again with the same --output it goes on with what is missing. Options are given here, or in a JSON file
-(--config) under the same names with underscores.
+Measures what a cache costs in answers: RULER's 13 tasks (arXiv:2404.06654), facts and quotations in real prose and the
+text that follows, with the full cache, with tokens dropped and with tokens merged, and says so in tables, pictures and
+a page. Every context is read once. Stop it when you like: started again with the same --output it goes on with what is
+missing. Options are given here, or in a JSON file (--config) under the same names with underscores.
 
     python -m merging_cache.evaluation --output needle
+    merging-cache --model smollm2 --tasks facts quotations following --examples 12 --output smollm2
     merging-cache --model Qwen/Qwen3-0.6B --tasks niah_single_1 vt cwe fwe --scorers snapkv keydiff --output qwen
     accelerate launch --num_processes 8 -m merging_cache.evaluation --config ruler_qwen3_8b.json --output qwen3-8b
     torchrun --nproc-per-node 2 -m merging_cache.evaluation --model Qwen/Qwen3-32B --tp-plan auto --output qwen3-32b
@@ -28,14 +29,16 @@ from transformers.utils import logging
 from ..budgets import BUDGETS
 from ..config import read_options
 from ..mergers import MERGERS
+from ..model import SHIPPED_MODELS
 from ..scorers import SCORERS
 from .config import EvaluationConfig
 from .page import report_page
+from .plan import counted
 from .plots import save_plots
-from .ruler import RULER
 from .run import Evaluation
 from .summary import Summary
 from .tables import markdown
+from .tasks import TASKS
 
 STOPPED = 130  # the exit status of what was interrupted
 
@@ -59,9 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("--model", help="a folder or a name on the hub; default: the small model that ships with this project")
-    add("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(RULER)}; default: all that no file is missing for")
-    add("--context-length", nargs="+", type=int, metavar="TOKENS", help="of prompt and answer; default: 512 or 4096")
+    add(
+        "--model",
+        help=f"{', '.join(SHIPPED_MODELS)}, a folder, a GGUF file, or a name on the hub; default: the small model that "
+        "ships with this project",
+    )
+    add("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(TASKS)}; default: all that no file is missing for")
+    add("--context-length", nargs="+", type=int, metavar="TOKENS", help="of prompt and answer; default: 512 to 4096")
     add("--scorers", nargs="+", type=spec, metavar="NAME|JSON", help=f"of {', '.join(sorted(SCORERS))}")
     add(
         "--mergers", nargs="+", type=spec, metavar="NAME|JSON", help=f"of {', '.join(MERGERS)}; drop is always measured"
@@ -80,17 +87,23 @@ def build_parser() -> argparse.ArgumentParser:
     asked.add_argument(
         "--question-after", dest="question_in_context", action="store_false", help="ask after the fold (default)"
     )
-    add("--batch-size", type=int, help="examples read at a time, padded on the left; default: 10")
+    add(
+        "--generate",
+        action=argparse.BooleanOptionalAction,
+        help="answer RULER's tasks by generation (default), or only measure how likely right answers are",
+    )
+    add("--batch-size", type=int, help="contexts read at a time, padded on the left; default: 1 or 10")
     add("--seed", type=int, help="default: 0")
     add("--sink-tokens", type=int, help="first tokens that always keep their slots; default: 4")
     add("--recent-tokens", type=int, help="last tokens that always do; default: 32")
     add("--depth", type=float, help="share of the haystack before a needle; random by default")
-    add("--haystack", help="a text file to hide needles in, for the tasks that hide them in essays")
+    add(
+        "--haystack", nargs="+", metavar="FILE", help="texts to hide things in; default: half of Python's documentation"
+    )
     add("--squad", help="SQuAD's dev-v2.0.json, for qa_1")
     add("--hotpotqa", help="HotpotQA's hotpot_dev_distractor_v1.json, for qa_2")
     add("--data", help="ready-made examples: a .jsonl or .parquet file, a folder of them, or a data set on the hub")
     add("--data-folder", help="the data set's folder on the hub; default: the context length")
-    add("--text", help="a text file: the loss on what follows a folded context, and the divergence from the full cache")
     add(
         "--chat",
         action=argparse.BooleanOptionalAction,
@@ -135,10 +148,12 @@ def describe_run(evaluation: Evaluation) -> str:
     depth = "" if config.depth is None else f", a needle at {config.depth:g} of the haystack"
     loaded = "" if config.dtype == "auto" else f" {config.dtype},"
     return (
-        f"Questions {asked}{depth}, {config.batch_size} at a time, seed {config.seed}; the first {config.sink_tokens} "
-        f"and last {config.recent_tokens} tokens always kept. Seconds, bytes and counts are means over a batch. "
+        f"Questions {asked}{depth}, {counted(config.rows_at_a_time, 'context')} at a time, seed {config.seed}; "
+        f"the first {config.sink_tokens} and last {config.recent_tokens} tokens always kept. Seconds, bytes and counts "
+        "are means over a batch. "
         f"{'1 process' if processes == 1 else f'{processes} processes'} on {device},{loaded} "
-        f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, {date.today()}."
+        f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}, {date.today()}."
     )
 
 

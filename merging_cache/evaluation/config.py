@@ -15,14 +15,14 @@ from ..budgets.threshold import ThresholdBudget
 from ..cache import MergingDynamicCache, MergingQuantizedCache
 from ..config import MergingConfig, build_config, read_options
 from ..mergers import MERGERS, QUERY_SOURCES
+from ..model import SHIPPED_MODELS
 from ..scorers import SCORERS
 from ..stage import Spec, check_choice, check_number, check_options, option, summarize_stage
 from ..storage import make_backend
 from .results import key_of
-from .ruler import RULER
+from .tasks import TASKS
 
 FULL = "full cache"
-TEXT = "text"
 DENSE = "none"
 
 
@@ -142,10 +142,10 @@ class EvaluationConfig:
     Everything is checked when it is made, so that nothing goes wrong hours later for a reason known before.
 
     Args:
-        model: a folder or a name on the hub; `None` for the small model that ships with this project.
-        tasks: names of `RULER`; `None` for all that can be made of what is given.
+        model: a name that `load_model` takes; `None` for the small model that ships with this project.
+        tasks: names of `TASKS`; `None` for all that can be made of what is given.
         context_length: tokens of a prompt and the longest answer to it: one length or several; `None` for 512 with the
-            shipped model, else 4096.
+            shipped model, 1024 with models that packages ship, else 4096.
         scorers, budgets, mergers: names, or dicts with a name and options; `None` as a budget is the scorer's own.
             `"drop"` is always measured, since merging is judged against it.
         compression_ratios, max_tokens: sizes of the cache; both kinds may be given, or neither: the full cache only.
@@ -153,16 +153,18 @@ class EvaluationConfig:
         grids: instead of one product of these six, several: dicts with any of them.
         examples: how many of each task.
         question_in_context: whether the question is read before the fold, so that scorers know it.
-        batch_size: examples read and answered at a time at most: those whose questions are as long, contexts padded on
-            the left. A ratio counts padding (see the README), so where contexts differ in length short ones keep more
-            slots than they would alone; with a batch size of 1, or with `max_tokens`, they do not.
+        generate: whether RULER's tasks are answered by generation, as RULER has it; otherwise, as with the tasks about
+            prose, an answer is right if the model would have given the reference word for word, which is much faster.
+        batch_size: contexts read at a time at most, padded on the left; `None` for 10 with the shipped model, else 1. A
+            ratio counts padding (see the README), so where contexts differ in length short ones keep more slots than
+            they would alone; with a batch size of 1, or with `max_tokens`, they do not.
         seed: from which everything random is drawn.
         sink_tokens, recent_tokens: first and last tokens that always keep their slots, as in `MergingConfig`.
         depth: share of the haystack before a needle, in [0, 1]; random if `None`, as in RULER.
-        haystack, squad, hotpotqa: files for the tasks that need one (see `English`).
+        haystack: text files to hide things in; half of Python's own language reference if there are none.
+        squad, hotpotqa: files for the tasks that need one (see `English`).
         data: ready-made examples instead of generated ones (see `read_examples`).
         data_folder: folder or configuration of a data set on the hub; the context length if `None`.
-        text: a text file, for the loss on what follows a folded context and the divergence from the full cache.
         chat: whether prompts go through the tokenizer's chat template; if `None`, where it has one.
         dtype, attn_implementation, device_map, tp_plan: as for `from_pretrained`.
 
@@ -183,17 +185,17 @@ class EvaluationConfig:
     grids: Sequence[Mapping[str, Any]] = ()
     examples: int = option(40, minimum=1)
     question_in_context: bool = False
-    batch_size: int = option(10, minimum=1)
+    generate: bool = True
+    batch_size: int | None = option(None, minimum=1)
     seed: int = option(0)
     sink_tokens: int = option(4, minimum=0)
     recent_tokens: int = option(32, minimum=0)
     depth: float | None = option(None, minimum=0, maximum=1)
-    haystack: str | None = None
+    haystack: Sequence[str] = ()
     squad: str | None = None
     hotpotqa: str | None = None
     data: str | None = None
     data_folder: str | None = None
-    text: str | None = None
     chat: bool | None = None
     dtype: str = "auto"
     attn_implementation: str | None = None
@@ -201,7 +203,7 @@ class EvaluationConfig:
     tp_plan: str | None = None
 
     SWEPT = ("scorers", "budgets", "mergers", "compression_ratios", "max_tokens", "quantize")
-    FILES = ("haystack", "squad", "hotpotqa", "text")
+    FILES = ("squad", "hotpotqa")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -210,12 +212,13 @@ class EvaluationConfig:
         if self.tasks is not None:
             check_list("tasks", self.tasks)
             for task in self.tasks:
-                check_choice("tasks", task, tuple(RULER))
+                check_choice("tasks", task, tuple(TASKS))
         for field in dataclasses.fields(self):
             if getattr(self, field.name) == "":
                 raise ValueError(f"{field.name} is empty; leave it out instead")
-        for name in self.FILES:
-            path = getattr(self, name)
+        check_list("haystack", self.haystack, least=0)
+        files = [(name, getattr(self, name)) for name in self.FILES] + [("haystack", path) for path in self.haystack]
+        for name, path in files:
             if path is not None and not Path(path).is_file():
                 raise ValueError(f"{name} is {str(path)!r}, and there is no such file")
         if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
@@ -228,7 +231,7 @@ class EvaluationConfig:
     def lengths(self) -> tuple[int, ...]:
         """The context lengths."""
         if self.context_length is None:
-            return (512,) if self.model is None else (4096,)
+            return (512,) if self.model is None else (1024,) if self.model in SHIPPED_MODELS else (4096,)
         if isinstance(self.context_length, int):
             return (self.context_length,)
         check_list("context_length", self.context_length)
@@ -273,9 +276,16 @@ class EvaluationConfig:
     @property
     def setting(self) -> dict[str, Any]:
         """What all cells of its results have in common, as JSON holds it; of files, what they hold."""
-        own = (*self.SWEPT, "grids", "tasks", "context_length", "device_map", "tp_plan", "text")
+        own = [*self.SWEPT, "grids", "tasks", "context_length", "device_map", "tp_plan"]
+        own += ["examples"] if self.data is None else []  # of a data set as many are drawn
         named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in own}
-        return named | {name: fingerprint(named[name]) for name in ("haystack", "squad", "hotpotqa", "data")}
+        named |= {name: fingerprint(named[name]) for name in ("squad", "hotpotqa", "data")}
+        return named | {"haystack": [fingerprint(path) for path in self.haystack], "batch_size": self.rows_at_a_time}
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """The batch size."""
+        return self.batch_size or (10 if self.model is None else 1)
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "EvaluationConfig":
@@ -303,8 +313,8 @@ def check_list(name: str, values: Any, least: int = 1) -> None:
         raise ValueError(f"{name} is an empty list; name one at least, or leave it out")
 
 
-def fingerprint(source: str | None) -> str | None:
-    """What a file or folder is called and holds, so that a change of it is noticed; other names as they are.
+def fingerprint(source: str | None, name: str | None = None) -> str | None:
+    """What a file or folder is called (or `name`) and holds, so that a change of it is noticed; others as they are.
 
     Of files above 64 MB it is their size.
     """
@@ -316,4 +326,4 @@ def fingerprint(source: str | None) -> str | None:
         size = file.stat().st_size
         digest.update(f"{file.relative_to(path)} {size} ".encode())
         digest.update(file.read_bytes() if size < 1 << 26 else b"")
-    return f"{source} ({digest.hexdigest()[:16]})"
+    return f"{name or source} ({digest.hexdigest()[:16]})"

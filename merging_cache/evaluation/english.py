@@ -1,10 +1,11 @@
-"""RULER's tasks in RULER's own words.
+"""English: RULER's tasks in RULER's own words, and facts to hide in prose.
 
-The frames are those of arXiv:2404.06654 and github.com/NVIDIA/RULER (Apache-2.0): a benchmark is its prompts.
+RULER's frames are those of arXiv:2404.06654 and github.com/NVIDIA/RULER (Apache-2.0): a benchmark is its prompts.
 """
 
+import bisect
+import itertools
 import random
-import re
 import string
 import uuid
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from .documents import Quiz, read_hotpotqa, read_squad
-from .wording import Frame, Wording, distinct, sample
+from .haystack import read_paragraphs, sentences_of
+from .wording import Fact, Frame, Wording, distinct, sample
 
 _MAGIC = Frame(
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about "
@@ -59,6 +61,71 @@ _DOCUMENTS = Frame(
     32,
 )
 
+_READ = "Read the following text. You will be asked about it afterwards.\n\n{text}"
+_FACT = Frame(_READ, "\n\nQuestion: {question}", " {prefix}", 8)
+_QUOTATION = Frame(_READ, "\n\nQuote a passage of the text above, word for word.", " {words}", 32)
+
+# what facts are made of; everything named is one word
+_PEOPLE = "Alice Boris Carmen Daniel Edith Felix Greta Hassan Irene Jonas Karin Laszlo Maria Nadia Oscar Paula"
+_CITIES = "Lisbon Vienna Oslo Dublin Prague Athens Warsaw Geneva Hamburg Naples Seville Tallinn Boston Denver"
+_THINGS = "mirror teapot carpet bookcase statue piano lantern clock basket cushion flowerpot drawer ladder stove"
+_COLOURS = "green purple orange yellow black white brown silver crimson turquoise"
+_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
+_DRINKS = "coffee cocoa lemonade cider milk tea water juice"
+_TRADES = "baker plumber surgeon violinist pilot gardener judge tailor carpenter chemist"
+
+# a sentence, a question, the beginning of the answer, and what the rest of it is drawn from (four digits if nothing)
+_FACTS = (
+    (
+        "The access code for the {city} office is {answer}.",
+        "What is the access code for the {city} office?",
+        "The access code for the {city} office is",
+        None,
+    ),
+    (
+        "{person} keeps the spare key behind the {answer}.",
+        "Where does {person} keep the spare key?",
+        "{person} keeps the spare key behind the",
+        _THINGS,
+    ),
+    (
+        "The meeting with {person} has been moved to {answer}.",
+        "To which day has the meeting with {person} been moved?",
+        "The meeting with {person} has been moved to",
+        _DAYS,
+    ),
+    (
+        "The front door of the house in {city} is painted {answer}.",
+        "In which colour is the front door of the house in {city} painted?",
+        "The front door of the house in {city} is painted",
+        _COLOURS,
+    ),
+    (
+        "In the year {answer} the old bridge of {city} was rebuilt.",
+        "When was the old bridge of {city} rebuilt?",
+        "The old bridge of {city} was rebuilt in the year",
+        None,
+    ),
+    (
+        "{person} moved to {answer} last spring.",
+        "Where did {person} move last spring?",
+        "Last spring {person} moved to",
+        _CITIES,
+    ),
+    (
+        "For breakfast {person} always drinks {answer}.",
+        "What does {person} always drink for breakfast?",
+        "For breakfast {person} always drinks",
+        _DRINKS,
+    ),
+    (
+        "The neighbour of {person} works as a {answer}.",
+        "What does the neighbour of {person} work as?",
+        "The neighbour of {person} works as a",
+        _TRADES,
+    ),
+)
+
 
 @cache
 def _english(*categories: str) -> list[str]:
@@ -75,7 +142,7 @@ class English(Wording):
     """RULER's tasks as RULER words them.
 
     Args:
-        haystack: a text file (essays) to hide needles in, for the tasks that do.
+        haystack: text files to hide things in; half of Python's language reference where there are none.
         squad: SQuAD 2.0 as its authors publish it (`dev-v2.0.json`), for `qa_1`.
         hotpotqa: HotpotQA as its authors publish it (`hotpot_dev_distractor_v1.json`), for `qa_2`.
 
@@ -91,6 +158,8 @@ class English(Wording):
         "cwe": _COMMON,
         "fwe": _FREQUENT,
         "qa": _DOCUMENTS,
+        "fact": _FACT,
+        "quotation": _QUOTATION,
     }
     noise_line = (
         "The grass is green.",
@@ -104,12 +173,13 @@ class English(Wording):
     repeats = ((4096, (6, 1)), (1 << 62, (30, 3)))
     solved_examples = True
 
-    def __init__(self, haystack: Path | None = None, squad: Path | None = None, hotpotqa: Path | None = None) -> None:
-        self.files = {"haystack": haystack, "squad": squad, "hotpotqa": hotpotqa}
+    def __init__(self, haystack: Sequence[Path] = (), squad: Path | None = None, hotpotqa: Path | None = None) -> None:
+        self.haystack = haystack
+        self.files = {"squad": squad, "hotpotqa": hotpotqa}
         self._quizzes: dict[str, Quiz] = {}
 
     def has(self, material: str | None) -> bool:
-        return material is None or self.files[material] is not None
+        return material in (None, "haystack", "prose") or self.files[material] is not None
 
     def _file(self, name: str) -> Path:
         if not self.has(name):
@@ -120,15 +190,12 @@ class English(Wording):
 
     @cached_property
     def _sentences(self) -> list[list[str]]:
-        path = self._file("haystack")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"the haystack {path} could not be read as a text: {error}") from error
-        sentences = [sentence.split() for sentence in re.split(r"(?<=[.!?])\s+", text.strip())]
-        if not any(sentences):
-            raise ValueError(f"the haystack {path} has no words")
-        return [sentence for sentence in sentences if sentence]
+        return sentences_of(read_paragraphs(self.haystack))
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """How many words the haystack has up to the end of each sentence."""
+        return list(itertools.accumulate(map(len, self._sentences)))
 
     def draw(self, kind: str, rng: random.Random, count: int) -> list[str]:
         makers = {
@@ -142,14 +209,46 @@ class English(Wording):
         return f"One of the special magic {kind} for {key} is: {value}."
 
     def prose(self, rng: random.Random, size: int) -> list[str]:
-        taken: list[str] = []
-        index = 0
+        if size > self._ends[-1]:
+            raise ValueError(f"the haystack has {self._ends[-1]} words, fewer than a context takes; give more text")
+        index, taken = rng.randrange(len(self._sentences)), []
         while size > 0:
             sentence = self._sentences[index % len(self._sentences)][:size]
             taken.append(" ".join(sentence))
             size -= len(sentence)
             index += 1
         return taken
+
+    def stretch(
+        self, size: int, following: int, length: int, seed: int, index: int
+    ) -> tuple[list[list[str]], list[str]]:
+        # a word is a token at least, so what begins so many words apart never meets
+        each = length + following
+        count = self._ends[-1] // each
+        if index >= count:
+            raise ValueError(
+                f"the haystack has {self._ends[-1]} words, enough for {max(0, count)} contexts of {length} tokens that "
+                f"share nothing, and this is number {index + 1}; give more text, or ask for fewer or shorter ones"
+            )
+        place = random.Random(f"{seed} stretch").sample(range(count), count)[index]
+        first = bisect.bisect_left(self._ends, place * each)
+        sentences = self._sentences[first:]
+        # whole sentences, up to the one in which word `size` stands
+        last = bisect.bisect_left(self._ends, size + (self._ends[first - 1] if first else 0)) - first + 1
+        after = list(itertools.islice(itertools.chain.from_iterable(sentences[last:]), following))
+        return sentences[:last], after
+
+    def facts(self, rng: random.Random, count: int) -> list[Fact]:
+        cities, people = (rng.sample(names.split(), count) for names in (_CITIES, _PEOPLE))
+        made = []
+        for (sentence, question, prefix, answers), city, person in zip(
+            rng.sample(_FACTS, count), cities, people, strict=False
+        ):
+            others = [] if answers is None else [answer for answer in answers.split() if answer != city]
+            answer = rng.choice(others) if others else str(rng.randint(1000, 1999))
+            words = {"city": city, "person": person, "answer": answer}
+            made.append(Fact(*(part.format(**words) for part in (sentence, question, prefix)), answer))
+        return made
 
     def variables(self, rng: random.Random, count: int, letters: int) -> list[str]:
         return distinct(count, lambda: "".join(rng.choices(string.ascii_uppercase, k=letters)))

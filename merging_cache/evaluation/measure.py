@@ -1,31 +1,30 @@
-"""Measures one cache on a few examples: what is answered, what it costs, and the loss on running text."""
+"""Measures one cache after another on contexts that were read once: what is answered, how surely, and what it costs."""
 
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cache import MergingDynamicCache
 from ..model import cache_argument
+from ..reading import Continuation, Reading, agrees, clock, divergence, loss, predict, release, rows_of
 from ..report import report_layers
 from .config import Variant
 from .example import Example
 from .metrics import METRICS
-from .ruler import RULER
-
-MOST_FOLLOWING = 256  # tokens of a text that are predicted: logits of large vocabularies take much memory
+from .tasks import TASKS
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example in tokens: what is read into the cache before the fold, and what comes after it."""
+    """An example in tokens: what is read before the fold, what comes after it, and a right answer."""
 
     read: list[int]
     asked: list[int]
+    answer: list[int]
 
     def __len__(self) -> int:
         return len(self.read) + len(self.asked)
@@ -47,7 +46,7 @@ class Encoder:
     question_in_context: bool = False
 
     def __call__(self, example: Example) -> Encoded:
-        context, question = example.context, example.question
+        context, question = example.context, example.question or ""
         if self.chat:
             mark = "[question]"  # templates may strip what they are given of white space
             said = self.tokenizer.apply_chat_template(
@@ -57,12 +56,14 @@ class Encoder:
                 enable_thinking=False,
             )
             context, after = said.rsplit(mark, 1)
-            question += after
+            question += "" if example.question is None else after
         read = ([] if self.chat else self.beginning) + self.tokens(context)
         asked = self.tokens(question + example.answer_prefix)
-        if self.question_in_context:
+        whole = self.tokens(question + example.answer_prefix + example.reference)
+        answer = whole[len(asked) :] if whole[: len(asked)] == asked else self.tokens(example.reference)
+        if self.question_in_context and example.question is not None:
             read, asked = read + asked[:-1], asked[-1:]
-        return Encoded(read, asked)
+        return Encoded(read, asked, answer)
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of a text and no others."""
@@ -75,7 +76,7 @@ class Encoder:
         return next((whole[:n] for n in range(len(whole)) if whole[n : n + len(plain)] == plain), [])
 
     def length(self, example: Example) -> int:
-        """Tokens of the prompt and of the longest answer."""
+        """Tokens of the prompt and of the longest answer that is generated."""
         return len(self(example)) + example.max_new_tokens
 
     @property
@@ -93,94 +94,187 @@ class Encoder:
 
 
 @dataclass(frozen=True)
-class Measurer:
-    """A model and how it is asked; a batch of examples and a cache go in, numbers for each example come out.
+class Item:
+    """What is asked about one context for one task.
 
-    Bytes, seconds and counts are those of the batch, shared by its rows.
+    Args:
+        task, context_length, index: which example of which task.
+        examples: a question each.
+        encoded: the same in tokens.
+    """
+
+    task: str
+    context_length: int
+    index: int
+    examples: Sequence[Example]
+    encoded: Sequence[Encoded]
+
+    @property
+    def reads(self) -> list[tuple[int, ...]]:
+        """What is to be read for each question; the same for all unless questions are read, too."""
+        return [tuple(one.read) for one in self.encoded]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Contexts that are read at a time, each once, and all that is asked about them.
+
+    Args:
+        rows: the tokens of each context.
+        items: what is asked.
+    """
+
+    rows: list[tuple[int, ...]]
+    items: list[Item]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the longest row."""
+        return max(map(len, self.rows))
+
+
+def batches_of(items: Sequence[Item], most_rows: int) -> list[Batch]:
+    """Items as they are measured together: those of one context share it, then contexts of like lengths."""
+    sharing: dict[tuple[Any, ...], list[Item]] = {}
+    for item in items:
+        sharing.setdefault(tuple(dict.fromkeys(item.reads)), []).append(item)
+    by_length = sorted(sharing.items(), key=lambda entry: max(map(len, entry[0])))
+    batches: list[Batch] = []
+    for rows, sharers in by_length:
+        last = batches[-1] if batches else None
+        alike = last is not None and last.items[0].context_length == sharers[0].context_length
+        if alike and len(last.rows) + len(rows) <= most_rows:
+            last.rows.extend(rows)
+            last.items.extend(sharers)
+        else:
+            batches.append(Batch(list(rows), list(sharers)))
+    # in the order of the examples, so that a run that is stopped has measured all tasks alike
+    return sorted(batches, key=lambda batch: (batch.items[0].context_length, min(item.index for item in batch.items)))
+
+
+@dataclass
+class Measurer:
+    """A model and how it is asked.
 
     Args:
         model: from here on generates greedily, whatever its own generation config says (penalties, beams …).
         encoder: turns examples into tokens.
+        generates: whether tasks that look through a generated answer get one.
     """
 
     model: PreTrainedModel
     encoder: Encoder
+    generates: bool = True
 
     def __post_init__(self) -> None:
         end = self.model.generation_config.eos_token_id
         greedy = GenerationConfig(do_sample=False, eos_token_id=end, pad_token_id=self.encoder.pad_token)
         self.model.generation_config = greedy
 
-    @torch.no_grad()
-    def answers(self, asked: list[tuple[Example, Encoded]], variant: Variant) -> Iterator[dict[str, Any]]:
-        """Read the contexts, fold, then ask: the score of each answer, and what the cache cost."""
-        examples, encoded = zip(*asked, strict=True)
-        device = self.model.device
-        read, mask = self.encoder.pad([one.read for one in encoded], device)
-        question, question_mask = self.encoder.pad([one.asked for one in encoded], device)
-        cache, costs = self._prefill(read, mask, variant)
-        prompt, whole_mask = torch.cat([read, question], dim=1), torch.cat([mask, question_mask], dim=1)
-        most = max(example.max_new_tokens for example in examples)
-        output, seconds = self._generate(prompt, whole_mask, cache, most)
-        release(cache)
-        for example, ids in zip(examples, output[:, prompt.shape[1] :], strict=True):
-            prediction = self.encoder.tokenizer.decode(ids[: example.max_new_tokens], skip_special_tokens=True)
-            yield {
-                "score": METRICS[RULER[example.task].metric](prediction, example.answers),
-                "prediction": prediction,
-                "decoding_seconds": seconds / len(examples),
-                **costs,
-            }
+    def read(self, batch: Batch, hidden_states: bool = True) -> "Questioned":
+        """Read a batch's contexts."""
+        ids, mask = self.encoder.pad([list(row) for row in batch.rows], self.model.device)
+        reading = Reading(self.model, ids, mask, hidden_states=hidden_states, progress=False)
+        return Questioned(self, batch, ids, mask, reading)
 
-    @torch.no_grad()
-    def text(self, windows: list[list[int]], variant: Variant) -> Iterator[dict[str, Any]]:
-        """Read the first seven eighths of each window, fold, then predict the tokens that follow, in one pass.
 
-        Of each window: `loss`, the mean negative log-likelihood of those tokens, and `kl`, the mean divergence of their
-        distributions from the full cache's, both in nats for a token.
+@dataclass
+class Questioned:
+    """Contexts that were read, and what is asked about them, of one cache after another.
+
+    Bytes, seconds and counts are those of the batch, shared by its rows.
+
+    Args:
+        measurer: the model, and how it is asked.
+        batch: the contexts, and the questions.
+        ids, mask: `[B, L]`, the contexts.
+        reading: of them.
+    """
+
+    measurer: Measurer
+    batch: Batch
+    ids: Tensor
+    mask: Tensor
+    reading: Reading
+    full: dict[int, list[Tensor]] = field(default_factory=dict)  # what the full cache predicts, by item
+
+    def measure(self, variant: Variant) -> Iterator[tuple[Item, dict[str, Any]]]:
+        """What was measured of each item with a cache.
+
+        `score` in [0, 1], whether answers are right (or parts of them, see `metrics.py`); `loss`, the mean negative
+        log-likelihood of the reference answers, and `kl`, the mean divergence of the distributions at its tokens from
+        the full cache's, both in nats for a token, questions counting alike; and what the cache cost.
         """
-        ids = torch.tensor(windows, device=self.model.device)
-        follow = min(MOST_FOLLOWING, ids.shape[1] // 8)
-        read, follows = ids.split([ids.shape[1] - follow, follow], dim=1)
-        logits = []
-        for one in [Variant()] if variant.is_full else [Variant(), variant]:
-            cache, costs = self._prefill(read, torch.ones_like(read), one)
-            logits.append(self.model(follows, **cache_argument(cache)).logits[:, :-1])
-            release(cache)
-        for full, held, tokens in zip(logits[0], logits[-1], follows[:, 1:, None], strict=True):
-            full, held = full.float().log_softmax(dim=-1), held.float().log_softmax(dim=-1)
-            divergence = (full.exp() * (full - held)).sum(dim=-1).mean()
-            yield {"loss": -held.gather(1, tokens).mean().item(), "kl": divergence.item(), **costs}
+        if not variant.is_full and not self.full:
+            list(self.measure(Variant()))
+        model = self.measurer.model
+        cache = DynamicCache(config=model.config) if variant.is_full else variant.make_cache(model)
+        started = clock(model.device)
+        self.reading.fill(cache)
+        costs = self._costs(cache, clock(model.device) - started)
+        generated = self._generate(cache) if self.measurer.generates else {}
+        for number, item in enumerate(self.batch.items):
+            asked = [
+                Continuation(one.asked, one.answer, self.batch.rows.index(tuple(one.read))) for one in item.encoded
+            ]
+            predicted = predict(model, cache, asked, self.mask, len(self.ids))
+            full = self.full.setdefault(number, predicted) if variant.is_full else self.full[number]
+            right = [float(agrees(mine, one.predicted)) for mine, one in zip(predicted, asked, strict=True)]
+            losses = [loss(mine, one.predicted) for mine, one in zip(predicted, asked, strict=True)]
+            divergences = [divergence(mine, other) for mine, other in zip(predicted, full, strict=True)]
+            measured = {"score": mean(right), "loss": mean(losses), "kl": mean(divergences)}
+            yield item, measured | generated.get(number, {}) | costs
+        release(cache)
 
-    def _prefill(self, ids: Tensor, mask: Tensor, variant: Variant) -> tuple[Cache, dict[str, float]]:
-        """The cache that has read `ids` `[B, L]`, and what that cost each row."""
-        cache = DynamicCache(config=self.model.config) if variant.is_full else variant.make_cache(self.model)
-        # the one token that is generated is not in the cache: it would be fed to the next pass
-        _, seconds = self._generate(ids, mask, cache, max_new_tokens=1)
-        report, rows = report_layers(cache.layers), len(ids)
+    def _costs(self, cache: Cache, fold_seconds: float) -> dict[str, float]:
+        report, rows = report_layers(cache.layers), len(self.batch.rows)
         folding = max(1, sum(layer.kind == "folding" for layer in report.layers))
-        return cache, {
+        return {
             "bytes": report.total.bytes_now / rows,
-            "prefill_seconds": seconds / rows,
+            "reading_seconds": self.reading.seconds / rows,
+            "fold_seconds": fold_seconds / rows,
             "merged": report.total.tokens_merged / folding,
             "dropped": report.total.tokens_dropped / folding,
         }
 
-    def _generate(self, ids: Tensor, mask: Tensor, cache: Cache, max_new_tokens: int) -> tuple[Tensor, float]:
-        """What is generated, behind `ids` `[B, L]`, and the seconds it took."""
-        started = clock(self.model.device)
-        output = self.model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **cache_argument(cache))
-        return output, clock(self.model.device) - started
+    def _generate(self, cache: Cache) -> dict[int, dict[str, Any]]:
+        """The answers of the tasks that want them generated: their scores by the number of the item."""
+        numbers = [number for number, item in enumerate(self.batch.items) if TASKS[item.task].generates]
+        # a question that is padded would give its row more slots when it is folded
+        numbers.sort(key=lambda number: len(self.batch.items[number].encoded[0].asked))
+        found = {}
+        for _, group in groupby(numbers, key=lambda number: len(self.batch.items[number].encoded[0].asked)):
+            alike = list(group)
+            items = [self.batch.items[number] for number in alike]
+            predictions, seconds = self._answers(cache, items)
+            for number, item, prediction in zip(alike, items, predictions, strict=True):
+                found[number] = {
+                    "score": METRICS[TASKS[item.task].metric](prediction, item.examples[0].answers),
+                    "prediction": prediction,
+                    "decoding_seconds": seconds / len(items),
+                }
+        return found
+
+    def _answers(self, cache: Cache, items: Sequence[Item]) -> tuple[list[str], float]:
+        """What is generated for the one question of each item, and the seconds it took."""
+        model, encoder = self.measurer.model, self.measurer.encoder
+        rows = [self.batch.rows.index(tuple(item.encoded[0].read)) for item in items]
+        question = torch.tensor([item.encoded[0].asked for item in items], device=model.device)
+        prompt = torch.cat([self.ids[rows], question], dim=1)
+        mask = torch.cat([self.mask[rows], torch.ones_like(question)], dim=1)
+        own = rows_of(cache, rows, len(self.ids), folds=True)
+        most = max(item.examples[0].max_new_tokens for item in items)
+        started = clock(model.device)
+        output = model.generate(prompt, attention_mask=mask, max_new_tokens=most, **cache_argument(own))
+        seconds = clock(model.device) - started
+        release(own)
+        answers = [
+            encoder.tokenizer.decode(ids[: item.examples[0].max_new_tokens], skip_special_tokens=True)
+            for item, ids in zip(items, output[:, prompt.shape[1] :], strict=True)
+        ]
+        return answers, seconds
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, all work on the device being done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def release(cache: Cache) -> None:
-    """Leave the model as it was before the cache."""
-    if isinstance(cache, MergingDynamicCache):
-        cache.release()
+def mean(values: Sequence[float]) -> float:
+    """The mean."""
+    return sum(values) / len(values)

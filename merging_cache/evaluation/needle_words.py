@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 
 from .documents import DocumentQuestion, Quiz
 from .example import Example
-from .wording import Frame, Wording, sample
+from .wording import Fact, Frame, Wording, sample
 
 _NAMES = """
 amber anchor apple arrow autumn badger bamboo barley basil beacon birch bottle bridge bronze butter cactus candle
@@ -55,12 +55,14 @@ class NeedleWords(Wording):
 
     frames = {
         "niah": Frame("{text}", " question : code {query}", "", 4),
-        "niah values": Frame("{text}", " question : all code {query}", "", 5),
-        "niah queries": Frame("{text}", " question : each code {query}", "", 9),
-        "vt": Frame("{text}", " question : set {query}", "", 6),
-        "cwe": Frame("list {text} .", " question : ten most common are", "", 11),
-        "fwe": Frame("text {text} .", " question : three most common are", "", 4),
+        "niah values": Frame("{text}", " question : all code {query}", "", 5, " "),
+        "niah queries": Frame("{text}", " question : each code {query}", "", 9, " "),
+        "vt": Frame("{text}", " question : set {query}", "", 6, " "),
+        "cwe": Frame("list {text} .", " question : ten most common are", "", 11, " "),
+        "fwe": Frame("text {text} .", " question : three most common are", "", 4, " "),
         "qa": Frame("{text}", " question : {query}", "", 4),
+        "fact": Frame("{text}", " question : {question}", "", 4),
+        "quotation": Frame("{text}", "", " {words}", 17),
     }
     noise_line = ("people walk along the road .", "children play near old houses .")
     line_break = " "
@@ -72,6 +74,9 @@ class NeedleWords(Wording):
         """Whether a vocabulary has these words and hardly any others."""
         words = {*GLUE, *NAMES, *CODES, *FILLER}
         return words <= set(vocabulary) and len(vocabulary) < len(words) + 10
+
+    def has(self, material: str | None) -> bool:
+        return material != "prose"  # its filler is asked about only where that is asked for
 
     def draw(self, kind: str, rng: random.Random, count: int) -> list[str]:
         pool = NAMES if kind == "words" else CODES
@@ -87,6 +92,25 @@ class NeedleWords(Wording):
             sentences.append(filler_sentence(rng, size - 1))
             size -= len(sentences[-1].split())
         return sentences
+
+    def stretch(
+        self, size: int, following: int, length: int, seed: int, index: int
+    ) -> tuple[list[list[str]], list[str]]:
+        rng, sentences = random.Random(f"{seed} stretch {index}"), []
+        while size > 0:
+            sentences.append(filler_sentence(rng).split())
+            size -= len(sentences[-1])
+        after: list[str] = []
+        while len(after) < following:
+            after += filler_sentence(rng).split()
+        return sentences, after[:following]
+
+    def facts(self, rng: random.Random, count: int) -> list[Fact]:
+        names, codes = self.draw("words", rng, count), self.draw("numbers", rng, count)
+        return [
+            Fact(self.needle("numbers", name, code), f"code {name}", "", code)
+            for name, code in zip(names, codes, strict=True)
+        ]
 
     def variables(self, rng: random.Random, count: int, letters: int) -> list[str]:
         return sample(rng, NAMES, count, "words of the needle model")

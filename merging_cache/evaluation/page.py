@@ -5,7 +5,6 @@ import re
 from typing import Any
 
 from ..report import render
-from .config import TEXT
 from .example import Example
 from .summary import Summary
 
@@ -13,7 +12,11 @@ ANSWERS_SHOWN = 2  # examples of each task of which the answers are shown
 
 
 def report_page(
-    summary: Summary, figures: dict[str, Any], examples: dict[tuple[str, int], list[Example]], title: str, facts: str
+    summary: Summary,
+    figures: dict[str, Any],
+    examples: dict[tuple[str, int], list[list[Example]]],
+    title: str,
+    facts: str,
 ) -> str:
     """The page.
 
@@ -25,26 +28,26 @@ def report_page(
     """
     sections = []
     for length, tasks in summary.tasks.items():
-        questions = summary.questions(length)
         answers = []
-        for task in questions:
-            for index, example in enumerate(examples.get((task, length), [])[:ANSWERS_SHOWN]):
+        for task in tasks:
+            for number, index in enumerate(summary.indices[task, length][:ANSWERS_SHOWN]):
+                shown = examples.get((task, length), [])[index : index + 1]
                 given = []
                 for variant in summary.variants.values():
                     measured = summary.measured(task, length, variant)
-                    if measured is not None:
-                        given.append((variant.label, measured["prediction"][index], measured["score"][index]))
-                answers.append({"task": task, "example": example, "given": given})
+                    if measured is not None and "prediction" in measured:
+                        given.append((variant.label, measured["prediction"][number], measured["score"][number]))
+                if shown and given:
+                    answers.append({"task": task, "example": shown[0][0], "given": given})
+        by_task = [
+            (variant, [summary.row([task], length, variant) for task in tasks]) for variant in summary.variants.values()
+        ]
         sections.append(
             {
                 "length": length,
-                "tasks": questions,
-                "rows": summary.rows(questions, length) if questions else [],
-                "by_task": [
-                    (variant, [summary.row([task], length, variant) for task in questions])
-                    for variant in summary.variants.values()
-                ],
-                "text": summary.rows([TEXT], length) if TEXT in tasks else [],
+                "tasks": tasks,
+                "rows": summary.rows(tasks, length),
+                "by_task": by_task,
                 "figures": [svg(figure) for name, figure in figures.items() if f"_{length}." in name],
                 "answers": answers,
             }

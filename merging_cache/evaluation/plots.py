@@ -12,6 +12,9 @@ from ..report import new_figure
 from .config import Variant
 from .summary import Summary
 
+MOST_IN_LEGEND = 40  # lines of a picture that can still be told apart by a list
+MOST_ROWS = 200  # of a heat map
+
 
 def heat_map(
     panel: Any,
@@ -41,61 +44,73 @@ def hue_of(variant: Variant) -> tuple[str, ...]:
     return tuple(variant.how[part] for part in ("scorer", "budget", "quantize"))
 
 
-def score_against_bytes(summary: Summary, length: int) -> Any:
-    """A figure: for every way to choose and merge, its mean score over its share of the full cache's bytes."""
+# what a figure shows: the name of the measure, how it is called, and whether more of it is better
+MEASURES = {"score": ("mean score", 1), "loss": ("loss of the right answers, nats for a token", -1)}
+
+
+def against_bytes(summary: Summary, length: int, name: str) -> Any:
+    """A figure: for every way to choose and merge, its mean score or loss over its share of the full cache's bytes."""
     figure, (panel,) = new_figure(8, 5)
-    rows = summary.rows(summary.questions(length), length)
+    rows = summary.rows(summary.tasks[length], length)
     families: dict[str, list] = {}
     for row in rows:
         if row.variant.is_full:
-            panel.axhline(row.values["score"], color="0.6", linestyle=":", linewidth=1)
-            panel.plot([row.share], [row.values["score"]], "*", color="black", markersize=12, label="full cache")
+            panel.axhline(row.values[name], color="0.6", linestyle=":", linewidth=1)
+            panel.plot([row.share], [row.values[name]], "*", color="black", markersize=12, label="full cache")
         else:
             how = row.variant.how
             families.setdefault(" ".join(v for k, v in how.items() if v and k != "size"), []).append(row)
     hues = list(dict.fromkeys(hue_of(row.variant) for row in rows if not row.variant.is_full))
     mergers = list(dict.fromkeys(row.variant.how["merger"] for row in rows if not row.variant.is_full))
-    for name, members in families.items():
+    for label, members in families.items():
         members.sort(key=lambda row: row.share)
         how = members[0].variant.how
         panel.plot(
             [row.share for row in members],
-            [row.values["score"] for row in members],
+            [row.values[name] for row in members],
             color=f"C{hues.index(hue_of(members[0].variant)) % 10}",
             linestyle=["--", "-", "-.", ":"][mergers.index(how["merger"]) % 4],
             marker="xos^vD"[mergers.index(how["merger"]) % 6],
             markersize=5,
-            label=name,
+            label=label,
         )
     panel.set_xlabel("bytes of the cache, as a share of the full cache's")
-    panel.set_ylabel("mean score")
-    panel.set_title(f"{len(summary.questions(length))} tasks of {length:,} tokens", fontsize=10)
+    panel.set_ylabel(MEASURES[name][0])
+    panel.set_title(
+        f"{', '.join(summary.tasks[length][:4])}{' …' * (len(summary.tasks[length]) > 4)}: {length:,} tokens",
+        fontsize=10,
+    )
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=7, loc="lower right")
+    if len(families) <= MOST_IN_LEGEND:
+        panel.legend(fontsize=7)
     return figure
 
 
-def gain_by_task(summary: Summary, length: int) -> Any | None:
+def gain_by_task(summary: Summary, length: int, name: str) -> Any | None:
     """A figure: what every merger gains over dropping on every task; `None` where nothing was merged."""
-    questions = summary.questions(length)
+    tasks = summary.tasks[length]
     merging = [one for one in summary.variants.values() if one.merges]
-    found = {one.label: [summary.row([task], length, one) for task in questions] for one in merging}
+    found = {one.label: [summary.row([task], length, one) for task in tasks] for one in merging}
     # of a sweep that was stopped, the tasks that are complete
-    done = [all(rows[i] is not None and rows[i].gained for rows in found.values()) for i in range(len(questions))]
-    questions = list(itertools.compress(questions, done))
+    done = [all(rows[i] is not None and rows[i].against_drop for rows in found.values()) for i in range(len(tasks))]
+    tasks = list(itertools.compress(tasks, done))
     found = {label: list(itertools.compress(rows, done)) for label, rows in found.items()}
-    if not found or not questions:
+    if not found or not tasks or len(found) > MOST_ROWS:
         return None
-    figure, (panel,) = new_figure(2.6 + 0.62 * len(questions), 1.4 + 0.3 * len(found))
+    sign = MEASURES[name][1]
+    differences = [[row.against_drop[name] for row in rows] for rows in found.values()]
+    figure, (panel,) = new_figure(2.6 + 0.62 * len(tasks), 1.4 + 0.3 * len(found))
     heat_map(
         panel,
-        torch.tensor([[row.gained.mean for row in rows] for rows in found.values()]),
-        torch.tensor([[row.gained.is_sure for row in rows] for rows in found.values()]),
+        torch.tensor([[sign * one.mean for one in of_cache] for of_cache in differences]),
+        torch.tensor([[one.is_sure for one in of_cache] for of_cache in differences]),
         list(found),
-        questions,
+        tasks,
         limit=0.3,
     )
-    panel.set_title(f"score gained over dropping, {length:,} tokens (bold: the 95% interval leaves out 0)", fontsize=10)
+    panel.set_title(
+        f"{name} gained over dropping, {length:,} tokens (bold: the 95% interval leaves out 0)", fontsize=10
+    )
     return figure
 
 
@@ -103,9 +118,9 @@ def save_plots(summary: Summary, folder: Path) -> dict[str, Any]:
     """Save all pictures as PNG; returns the figures by the names of their files."""
     figures = {}
     for length in summary.tasks:
-        if summary.questions(length):
-            figures[f"score_against_bytes_{length}.png"] = score_against_bytes(summary, length)
-            figures[f"gain_by_task_{length}.png"] = gain_by_task(summary, length)
+        for name in MEASURES:
+            figures[f"{name}_against_bytes_{length}.png"] = against_bytes(summary, length, name)
+            figures[f"{name}_gain_by_task_{length}.png"] = gain_by_task(summary, length, name)
     for name, figure in figures.items():
         if figure is None:
             (folder / name).unlink(missing_ok=True)  # of an earlier run, and true no more

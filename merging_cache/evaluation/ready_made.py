@@ -129,7 +129,8 @@ def example_of(record: Mapping[str, Any]) -> Example:
     most = kinds[0].max_new_tokens if most is None else most
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise ValueError(f"its max_new_tokens is {most!r}; expected a whole number of at least 1")
-    return Example(task, context, question, answer_prefix, answers, most)
+    reference = kinds[0].reference(answer_prefix, answers, any_is_right=RULER[task].metric == "part")
+    return Example(task, context, question, answer_prefix, answers, most, reference=reference)
 
 
 def _text(record: Mapping[str, Any], name: str) -> str:

@@ -1,4 +1,4 @@
-"""What was measured of which cell of a sweep: JSON lines, written as they come, so that a run can be gone on with."""
+"""What was measured of which example of which cell: JSON lines, written as they come, to be gone on with."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,9 @@ def key_of(cell: Mapping[str, Any]) -> str:
 
 
 class Results:
-    """Cells and what was measured of them, in memory and in a file, of which the first line is the setting.
+    """Cells and what was measured of their examples, in memory and in a file, of which the first line is the setting.
+
+    A cell is a task, a context length and a cache.
 
     Args:
         path: the file, gone on with where it exists; `None` to keep everything in memory only.
@@ -25,7 +27,7 @@ class Results:
     def __init__(self, path: Path | None, setting: Mapping[str, Any]) -> None:
         self.path = path
         self.setting = json.loads(json.dumps(setting))
-        self._measured: dict[str, Any] = {}
+        self._measured: dict[str, dict[int, dict[str, Any]]] = {}
         if path is not None and path.exists():
             self._read(path)
         if path is not None and not self._measured:
@@ -38,7 +40,8 @@ class Results:
             whole = text[: text.rfind("\n") + 1]  # the last line is not, where a run was interrupted
             lines = [json.loads(line) for line in whole.splitlines()]
             setting = lines[0]["setting"] if lines else self.setting
-            self._measured = {key_of(line["cell"]): line["measured"] for line in lines[1:]}
+            for line in lines[1:]:
+                self._measured.setdefault(key_of(line["cell"]), {})[line["example"]] = line["measured"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a file of results: {type(error).__name__}: {error}") from error
         if setting != self.setting and self._measured:  # nothing of the other setting is lost otherwise
@@ -49,15 +52,14 @@ class Results:
         if whole != text:
             path.write_text(whole, encoding="utf-8")
 
-    def __contains__(self, cell: Mapping[str, Any]) -> bool:
-        return key_of(cell) in self._measured
+    def __getitem__(self, cell: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+        """What was measured of each example of a cell, by its index; nothing where nothing was."""
+        return self._measured.get(key_of(cell), {})
 
-    def __getitem__(self, cell: Mapping[str, Any]) -> Any:
-        return self._measured[key_of(cell)]
-
-    def add(self, cell: Mapping[str, Any], measured: Any) -> None:
-        """Keep what was measured of a cell, and write it down at once."""
-        self._measured[key_of(cell)] = json.loads(json.dumps(measured))
+    def add(self, cell: Mapping[str, Any], example: int, measured: Mapping[str, Any]) -> None:
+        """Keep what was measured of an example, and write it down at once."""
+        measured = json.loads(json.dumps(measured))
+        self._measured.setdefault(key_of(cell), {})[example] = measured
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"cell": cell, "measured": measured}) + "\n")
+                file.write(json.dumps({"cell": cell, "example": example, "measured": measured}) + "\n")

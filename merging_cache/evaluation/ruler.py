@@ -12,9 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TypeVar
 
 from .example import Example
 from .wording import Wording
+
+Made = TypeVar("Made")
 
 
 class Task(ABC):
@@ -22,9 +25,12 @@ class Task(ABC):
 
     Attributes:
         metric: `"all"`: the share of the answers that are given; `"part"`: whether any is.
+        generates: whether an answer is generated and looked through; otherwise it is right if the model, word for word,
+            would have given the reference.
     """
 
     metric = "all"
+    generates = True
 
     @property
     def needs(self) -> str | None:
@@ -35,6 +41,12 @@ class Task(ABC):
     def least(self) -> int:
         """The size of the smallest haystack in which the answer is told."""
         return 1
+
+    def examples(
+        self, name: str, wording: Wording, count_tokens: Callable[[Example], int], length: int, seed: int, index: int
+    ) -> list[Example]:
+        """Example `index` of `length` tokens: one question about its context, or several; see `fit`."""
+        return [fit(name, wording, count_tokens, length, seed=seed, index=index, task=self)]
 
     @abstractmethod
     def make(self, name: str, wording: Wording, rng: random.Random, size: int, index: int, length: int) -> Example:
@@ -249,6 +261,7 @@ class DocumentQuestions(Task):
         return wording.frames["qa"].fill(
             name,
             answers=question.answers,
+            any_is_right=True,
             text=wording.documents(texts),
             query=question.text,
         )
@@ -314,7 +327,22 @@ def fit(
         example = task.make(name, wording, random.Random(f"{seed} {name} {index}"), size, index, length)
         return example, count_tokens(example)
 
-    fits = task.least
+    return fit_size(name, make, task.least, length)
+
+
+def fit_size(name: str, make: Callable[[int], tuple[Made, int]], least: int, length: int) -> Made:
+    """What `make` makes of as large a size as `length` tokens hold.
+
+    Args:
+        name: of what is made.
+        make: `size -> (made, tokens)`.
+        least: the smallest size.
+        length: tokens that it may have.
+
+    Raises:
+        ValueError: if the smallest is too long, or what there is to make it of ends too early.
+    """
+    fits = least
     best, most = make(fits)
     if most > length:
         raise ValueError(f"{name} takes at least {most} tokens, and the context length is {length}")
@@ -322,14 +350,14 @@ def fit(
     while too_large is None or too_large - fits > 1:  # how tokens grow with the pieces is not known beforehand
         size = 2 * fits if too_large is None else (fits + too_large) // 2
         try:
-            example, tokens = make(size)
+            made, tokens = make(size)
         except ValueError as error:
             too_large, too_few_words = size, error
             continue
         if tokens > length:
             too_large = size
         else:
-            best, most, fits = example, tokens, size
+            best, most, fits = made, tokens, size
     if too_few_words is not None and most < 0.98 * length:
         raise ValueError(f"{name} of {length} tokens: {too_few_words}") from too_few_words
     return best

@@ -1,7 +1,10 @@
-"""Runs a sweep: every cache reads the same contexts and is asked the same questions, cell by cell."""
+"""Runs a sweep: every context is read once, and every cache is filled from that and asked the same questions."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +14,25 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..model import settings
-from .config import TEXT, EvaluationConfig, Variant, fingerprint
+from ..model import model_folder, settings
+from ..reading import clock
+from .config import EvaluationConfig, Variant, fingerprint
 from .english import English
 from .example import Example
-from .measure import Encoder, Measurer
+from .measure import Batch, Encoder, Item, Measurer, batches_of
 from .needle_words import NeedleWords
+from .plan import Seconds, counted, duration, spread
+from .prose import ProseTask
 from .ready_made import read_examples
-from .results import Results
-from .ruler import RULER, NeedleInAHaystack, fit
+from .results import Results, key_of
+from .ruler import NeedleInAHaystack
+from .tasks import TASKS
 from .wording import Wording
 
 Cell = dict[str, Any]  # {"task": ..., "context_length": ..., "variant": {...}}
+REHEARSED = 64  # tokens of a context that every cache is tried out on before the work starts
+TIMED = 4  # caches that tell how long all of them take
+ANSWERS = 256  # tokens of questions and answers behind a context of prose, at most
 
 
 def shipped_model() -> Path:
@@ -34,9 +44,9 @@ def shipped_model() -> Path:
 class Evaluation:
     """A sweep over a model: `run` measures what is missing, `results` holds what was measured.
 
-    Started in several processes (`accelerate launch`, `torchrun`) they share the examples, batch by batch, or with
-    `tp_plan` the model: each then holds the caches of its own KV heads. Models below 50 million parameters on a CPU are
-    run in one thread, which stays so in the process.
+    Started in several processes (`accelerate launch`, `torchrun`) they share the contexts, batch by batch, or with
+    `tp_plan` the model: each then holds the caches of its own KV heads. On a CPU they share its cores, too, and models
+    below 50 million parameters are run in one thread. Both stay so in the process.
 
     Args:
         config: what to measure.
@@ -45,6 +55,7 @@ class Evaluation:
     Raises:
         ValueError: for what cannot be done, before any model is loaded: files that are missing, contexts longer than
             the model allows, tasks that cannot be made.
+        ImportError: if the package that ships the model is not installed.
 
     Example:
         >>> from merging_cache.evaluation import Evaluation, EvaluationConfig, Summary
@@ -61,7 +72,7 @@ class Evaluation:
         self.config = config
         self.state = PartialState(cpu=not torch.accelerator.is_available())
         self.name = "the shipped needle model" if config.model is None else config.model
-        self._path = str(shipped_model()) if config.model is None else config.model
+        self._path = str(shipped_model()) if config.model is None else model_folder(config.model)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self._path, padding_side="left")
             model_config = AutoConfig.from_pretrained(self._path).get_text_config(decoder=True)
@@ -79,14 +90,19 @@ class Evaluation:
         self.encoder = Encoder(self.tokenizer, chat, config.question_in_context)
         if output and config.data and Path(config.data).resolve() in (output.resolve(), *output.resolve().parents):
             raise ValueError(f"the output {output} is inside the data {config.data}, of which it would become a part")
+        # by task and length, each example as its questions
         self.examples = self._read_examples() if config.data is not None else self._make_examples()
-        self._encoded = {key: [self.encoder(one) for one in examples] for key, examples in self.examples.items()}
-        self.windows = {length: self._read_text(length) for length in config.lengths} if config.text else {}
-        if not self.examples and not self.windows:
-            raise ValueError("there is nothing to ask: every task needs a file; give it, or a text")
+        if not self.examples:
+            raise ValueError("there is nothing to ask: every task needs a file; give it")
+        self.batches = batches_of(list(self._items()), config.rows_at_a_time)
         path = output / "results.jsonl" if output and self.state.is_main_process else None
-        self.results = Results(path, config.setting | {"model": fingerprint(self._path), "chat": chat})
-        self.cells = self._make_cells()
+        setting = {"model": fingerprint(self._path, self.name), "chat": chat, **self._prose}
+        self.results = Results(path, config.setting | setting)
+        self.cells = [
+            {"task": task, "context_length": length, "variant": variant.to_dict()}
+            for task, length in self.examples
+            for variant in config.variants
+        ]
         self._measurer: Measurer | None = None
         self._rehearsed: list[Any] = []
 
@@ -102,23 +118,34 @@ class Evaluation:
         if NeedleWords.are(self.tokenizer.get_vocab()):
             return NeedleWords()
         config = self.config
-        return English(*(Path(file) if file else None for file in (config.haystack, config.squad, config.hotpotqa)))
+        files = (Path(file) if file else None for file in (config.squad, config.hotpotqa))
+        return English([Path(path) for path in config.haystack], *files)
 
-    def _make_examples(self) -> dict[tuple[str, int], list[Example]]:
+    @property
+    def _prose(self) -> dict[str, str]:
+        """The prose that an installation brings along, for the setting: it differs from Python to Python."""
+        ours = self.config.haystack or self.config.data is not None or isinstance(self.wording, NeedleWords)
+        return (
+            {} if ours else {"prose": f"the language reference of Python {sys.version_info[0]}.{sys.version_info[1]}"}
+        )
+
+    def _make_examples(self) -> dict[tuple[str, int], list[list[Example]]]:
         """The examples of every task and length."""
         config, wording, made = self.config, self.wording, {}
         for length in config.lengths:
-            for name in config.tasks or [name for name in RULER if wording.has(RULER[name].needs)]:
-                task = RULER[name]
+            for name in config.tasks or [name for name in TASKS if wording.has(TASKS[name].needs)]:
+                task = TASKS[name]
                 if config.depth is not None and isinstance(task, NeedleInAHaystack):
                     task = task.at(config.depth)
+                if isinstance(task, ProseTask):
+                    self._check_length(length + ANSWERS, f"context_length, with {ANSWERS} tokens of {name} behind it,")
                 made[name, length] = [
-                    fit(name, wording, self.encoder.length, length, seed=config.seed, index=index, task=task)
+                    task.examples(name, wording, self.encoder.length, length, config.seed, index)
                     for index in range(config.examples)
                 ]
         return made
 
-    def _read_examples(self) -> dict[tuple[str, int], list[Example]]:
+    def _read_examples(self) -> dict[tuple[str, int], list[list[Example]]]:
         """Ready-made ones; those of a file are of the length of the longest."""
         config, made = self.config, {}
         is_file = Path(config.data).exists()
@@ -131,69 +158,152 @@ class Evaluation:
             for example in examples:
                 if not self.encoder(example).asked:
                     raise ValueError(f"{config.data}: a question of {example.task} is {example.question!r}, no token")
-                made.setdefault((example.task, length or tokens), []).append(example)
+                made.setdefault((example.task, length or tokens), []).append([example])
         return made
 
-    def _read_text(self, length: int) -> list[list[int]]:
-        """Stretches of `length` tokens of the text, evenly spread over it."""
-        try:
-            text = Path(self.config.text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.config.text} could not be read as a text: {error}") from error
-        beginning, ids = self.encoder.beginning, self.encoder.tokens(text)
-        each = length - len(beginning)
-        available = len(ids) // each
-        if not available:
-            raise ValueError(f"{self.config.text} has {len(ids)} tokens, fewer than the context length of {length}")
-        count = min(self.config.examples, available)
-        starts = [each * (index * available // count) for index in range(count)]
-        return [beginning + ids[start : start + each] for start in starts]
+    def _items(self) -> Iterator[Item]:
+        """Every example of every task, in tokens."""
+        for (task, length), of_task in self.examples.items():
+            for index, examples in enumerate(of_task):
+                yield Item(task, length, index, examples, [self.encoder(example) for example in examples])
 
     # How it is measured -----------------------------------------------------------------------------------------------
 
-    def _make_cells(self) -> list[Cell]:
-        """Every cell of the sweep."""
-        asked: list[Cell] = [{"task": task, "context_length": length} for task, length in self.examples]
-        text = fingerprint(self.config.text)
-        asked += [{"task": TEXT, "context_length": length, "text": text} for length in self.windows]
-        return [cell | {"variant": variant.to_dict()} for cell in asked for variant in self.config.variants]
+    def missing(self) -> dict[int, list[Variant]]:
+        """By the number of a batch, the caches that are still to be measured on some of its examples."""
+        found = {}
+        for number, batch in enumerate(self.batches):
+            variants = [variant for variant in self.config.variants if self._lacks(batch, variant)]
+            if variants:
+                found[number] = variants
+        return found
 
-    def prepare(self) -> list[Cell]:
-        """Load the model, and put one example through every cache that is still to be measured.
+    def _missing_for_all(self) -> dict[int, list[Variant]]:
+        (missing,) = broadcast_object_list([self.missing()])  # the main process knows
+        return missing
+
+    def _lacks(self, batch: Batch, variant: Variant) -> bool:
+        return any(item.index not in self.results[self._cell(item, variant)] for item in batch.items)
+
+    def _cell(self, item: Item, variant: Variant) -> Cell:
+        return {"task": item.task, "context_length": item.context_length, "variant": variant.to_dict()}
+
+    def prepare(self) -> dict[int, list[Variant]]:
+        """Load the model, and try out every cache that is still to be measured, on the beginning of a context.
 
         What the model cannot do raises now, and what is built on first use is built.
 
         Returns:
-            the cells that are to be measured; for none nothing is loaded.
+            what is to be measured (see `missing`); for nothing nothing is loaded.
 
         Raises:
             ValueError, TypeError, ImportError, OSError: what transformers or a cache has against it.
         """
-        missing = [cell for cell in self.cells if cell not in self.results]
-        (missing,) = broadcast_object_list([missing])  # the main process knows
+        missing = self._missing_for_all()
         if not missing:
-            return []
+            return {}
         if self._measurer is None:
-            self._measurer = Measurer(self._load_model(), self.encoder)
-        for cell in missing:
-            kind = (cell["task"] == TEXT, cell["variant"])
-            if kind not in self._rehearsed:
-                self._rehearsed.append(kind)
-                list(self._measure_of(cell)(self._asked(cell)[:1], Variant(**cell["variant"])))
+            self._measurer = Measurer(self._load_model(), self.encoder, self.config.generate)
+        self._rehearse(missing)
         return missing
 
+    def _rehearse(self, missing: dict[int, list[Variant]]) -> None:
+        """Fill every kind of cache, whatever its size, with a few tokens, and put them through the model once more."""
+        kinds = {}
+        for variant in itertools.chain.from_iterable(missing.values()):
+            kind = {
+                name: value
+                for name, value in variant.to_dict().items()
+                if name not in ("compression_ratio", "max_tokens")
+            }
+            if kind not in self._rehearsed:
+                self._rehearsed.append(kind)
+                kinds[variant.key] = variant
+        if not kinds:
+            return
+        model, batch = self._measurer.model, self.batches[min(missing)]
+        item = batch.items[0]
+        few = [replace(one, read=one.read[:REHEARSED]) for one in item.encoded[:1]]
+        short = Batch(
+            list({tuple(one.read): None for one in few}), [replace(item, encoded=few, examples=item.examples[:1])]
+        )
+        questioned = Measurer(model, self.encoder, generates=False).read(short)
+        for variant in kinds.values():
+            list(questioned.measure(variant))
+
     def run(self, progress: bool = True) -> Results:
-        """Measure every cell that the results do not hold yet."""
+        """Measure every example of every cell that the results do not hold yet.
+
+        Says before how much that is and about how long it takes, by what a few caches took, which are done then.
+        """
         missing = self.prepare()
         quiet = not (progress and self.state.is_main_process)
-        with tqdm(total=len(missing), unit="cell", desc="measuring", disable=quiet or not missing) as bar:
-            for cell in missing:
-                bar.set_postfix_str(f"{cell['task']}, {Variant(**cell['variant']).label}")
-                measured = self._measure(cell)
-                if self.state.is_main_process:
-                    self.results.add(cell, measured)
-                bar.update()
+        total = sum(map(len, missing.values()))
+        with tqdm(total=total, unit="cache", desc="measuring", disable=quiet or not total) as bar:
+            seconds = Seconds()
+            for numbers in self._rounds(missing):
+                self._measure(numbers, {number: spread(missing[number], TIMED) for number in numbers}, seconds, bar)
+                break
+            left = self._missing_for_all() if missing else {}
+            if left and not quiet:
+                bar.write(self.plan(left, seconds), file=sys.stderr)
+            for numbers in self._rounds(left):
+                self._measure(numbers, left, seconds, bar)
         return self.results
+
+    def plan(self, missing: dict[int, list[Variant]], seconds: Seconds) -> str:
+        """How much is to be done, and about how long it takes by what was measured, in a sentence."""
+        caches = sum(map(len, missing.values()))
+        batches = {number: self.batches[number] for number in missing}
+        rows, cells = sum(len(one.rows) for one in batches.values()), 0
+        for number, variants in missing.items():
+            cells += len(batches[number].items) * len(variants)
+        longest = max(one.num_tokens for one in batches.values())
+        takes = (len(missing) * seconds.per_reading + caches * seconds.per_cache) / self._shares
+        return (
+            f"to do: {counted(rows, 'context')} of up to {longest:,} tokens to read, in "
+            f"{counted(len(missing), 'reading')}, {counted(caches, 'cache')} to fill and to ask, "
+            f"{counted(cells, 'result')} in all; about {duration(takes)} ({seconds.per_reading:.2g} s a reading, "
+            f"{seconds.per_cache:.2g} s a cache)"
+        )
+
+    @property
+    def _shares(self) -> int:
+        """How many batches are measured at a time: whole ones, so that who measures one changes nothing.
+
+        With tensor parallelism all processes share each.
+        """
+        return 1 if self.config.tp_plan is not None else self.state.num_processes
+
+    def _rounds(self, missing: dict[int, list[Variant]]) -> Iterator[list[int]]:
+        """The numbers of the batches that are measured at a time."""
+        numbers = list(missing)
+        for first in range(0, len(numbers), self._shares):
+            yield numbers[first : first + self._shares]
+
+    def _measure(self, numbers: Sequence[int], missing: dict[int, list[Variant]], seconds: Seconds, bar: tqdm) -> None:
+        """Read a batch in each process, and measure one cache after another, all processes in step."""
+        mine = numbers[self.state.process_index % self._shares :][:1]
+        variants = missing[mine[0]] if mine else []
+        if variants:
+            questioned = self._measurer.read(self.batches[mine[0]], any(map(sees_hidden_states, variants)))
+            seconds.readings += 1
+            seconds.reading += questioned.reading.seconds
+        for step in range(max(len(missing[number]) for number in numbers)):
+            rows = []
+            if step < len(variants):
+                bar.set_postfix_str(variants[step].label)
+                started = clock(self._measurer.model.device)
+                rows = [
+                    (self._cell(item, variants[step]), item.index, measured)
+                    for item, measured in questioned.measure(variants[step])
+                ]
+                seconds.caches += 1
+                seconds.cache += clock(self._measurer.model.device) - started
+            rows = gather_object(rows) if self.state.num_processes > 1 else rows
+            for cell, index, measured in together(rows):
+                self.results.add(cell, index, measured) if self.state.is_main_process else None
+            bar.update(sum(step < len(missing[number]) for number in numbers))
 
     def leave(self) -> None:
         """Leave the group of processes, all of them together; nothing is measured after that.
@@ -213,49 +323,20 @@ class Evaluation:
         model = AutoModelForCausalLM.from_pretrained(self._path, dtype=config.dtype, **options).eval()
         if config.device_map is None and config.tp_plan is None:
             model = model.to(self.state.device)
-        if model.device.type == "cpu" and model.num_parameters() < 50_000_000:
-            torch.set_num_threads(1)  # waking other threads takes longer than a small model's work
+        if model.device.type == "cpu":
+            if model.num_parameters() < 50_000_000:
+                torch.set_num_threads(1)  # waking other threads takes longer than a small model's work
+            elif "OMP_NUM_THREADS" not in os.environ:
+                # processes that take a core each from one another are far slower than those that share
+                sharing = int(os.environ.get("LOCAL_WORLD_SIZE", self.state.num_processes))
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // sharing))
         return model
 
-    def _asked(self, cell: Cell) -> Sequence[Any]:
-        task, length = cell["task"], cell["context_length"]
-        if task == TEXT:
-            return self.windows[length]
-        return list(zip(self.examples[task, length], self._encoded[task, length], strict=True))
 
-    def _measure_of(self, cell: Cell) -> Callable[..., Iterator[dict[str, Any]]]:
-        return self._measurer.text if cell["task"] == TEXT else self._measurer.answers
-
-    def _measure(self, cell: Cell) -> dict[str, list]:
-        """What was measured of every example of a cell, in order; complete on the main process."""
-        asked, variant, batches = self._asked(cell), Variant(**cell["variant"]), self._batches(cell)
-        if self.config.tp_plan is None:  # whole batches, so that who measures one changes nothing
-            batches = batches[self.state.process_index :: self.state.num_processes]
-        rows = []
-        for batch in batches:
-            rows += zip(batch, self._measure_of(cell)([asked[index] for index in batch], variant), strict=True)
-        if self.state.num_processes > 1:
-            rows = gather_object(rows)
-        of_examples: dict[int, list[dict[str, Any]]] = {}
-        for index, row in rows:
-            of_examples.setdefault(index, []).append(row)
-        examples = [together(of_examples[index]) for index in sorted(of_examples)]
-        return {name: [one[name] for one in examples] for name in examples[0]}
-
-    def _batches(self, cell: Cell) -> list[list[int]]:
-        """Indices of examples that are measured together: contexts of like lengths, questions of the same.
-
-        A question that is padded would give its row more slots when it is folded.
-        """
-        sizes = [(0, 0)] * len(self._asked(cell))  # windows of a text are alike
-        if cell["task"] != TEXT:
-            sizes = [(len(encoded.asked), -len(encoded.read)) for _, encoded in self._asked(cell)]
-        batches, most = [], self.config.batch_size
-        order = sorted(range(len(sizes)), key=sizes.__getitem__)
-        for _, group in itertools.groupby(order, key=lambda index: sizes[index][0]):
-            alike = list(group)
-            batches += [alike[first : first + most] for first in range(0, len(alike), most)]
-        return batches
+def sees_hidden_states(variant: Variant) -> bool:
+    """Whether a stage of a cache looks at the attention's input."""
+    stages = {} if variant.is_full else variant.merging.build(linked=True).stages
+    return any(stage.needs_hidden_states for stage in stages.values())
 
 
 def tensor_parallel(plan: str) -> dict[str, Any]:
@@ -268,9 +349,13 @@ def tensor_parallel(plan: str) -> dict[str, Any]:
         return {"tp_plan": plan}
 
 
-def together(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the processes that share a model measured of one example, each of its own KV heads."""
-    whole = dict(parts[0])
-    for name in ("bytes", "merged", "dropped"):
-        whole[name] = sum(part[name] for part in parts) / (1 if name == "bytes" else len(parts))
-    return whole
+def together(rows: Sequence[tuple[Cell, int, dict[str, Any]]]) -> Iterator[tuple[Cell, int, dict[str, Any]]]:
+    """What was measured of each example; processes that share a model measured it each of their own KV heads."""
+    of_examples: dict[tuple[str, int], list[tuple[Cell, int, dict[str, Any]]]] = {}
+    for row in rows:
+        of_examples.setdefault((key_of(row[0]), row[1]), []).append(row)
+    for same in of_examples.values():
+        cell, index, measured = same[0]
+        parts = [part for _, _, part in same]
+        sums = {name: sum(part[name] for part in parts) for name in ("bytes", "merged", "dropped")}
+        yield cell, index, measured | sums | {name: sums[name] / len(parts) for name in ("merged", "dropped")}

@@ -1,15 +1,18 @@
-"""What the results of a sweep say: scores, what is lost against the full cache, what merging gains, and the costs."""
+"""What the results of a sweep say: scores and losses, against the full cache and against dropping, and the costs."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import TEXT, Variant
+from .config import Variant
 from .metrics import bootstrap_interval_of_tasks
 from .results import Results
+
+COMPARED = ("score", "loss")
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,11 @@ class Row:
         context_length: tokens.
         variant: how the cache was held.
         examples: how many examples in all.
-        values: means of what was measured: `"score"` (or `"loss"` and `"kl"`), `"bytes"`, `"prefill_seconds"`,
-            `"decoding_seconds"`, `"merged"` and `"dropped"`; seconds are those of a batch, shared by its examples.
+        values: means of what was measured (see `Questioned.measure`), of some of it over fewer tasks: only those that
+            generate have `"decoding_seconds"`. Seconds are those of a batch, shared by its contexts.
         share: bytes as a share of the full cache's.
-        lost: the difference to the full cache (of the score, or of the loss).
-        gained: the difference to the same cache with `merger="drop"`; `None` for that and for the full cache.
+        against_full: by `"score"` and `"loss"`, the difference to the full cache; empty for that itself.
+        against_drop: the same to the same cache with `merger="drop"`; empty for that and for the full cache.
     """
 
     tasks: tuple[str, ...]
@@ -60,8 +63,8 @@ class Row:
     examples: int
     values: dict[str, float]
     share: float
-    lost: Difference | None
-    gained: Difference | None
+    against_full: dict[str, Difference]
+    against_drop: dict[str, Difference]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -73,8 +76,8 @@ class Row:
             "examples": self.examples,
             **self.values,
             "share_of_bytes": self.share,
-            "against_full_cache": None if self.lost is None else vars(self.lost),
-            "gain_over_drop": None if self.gained is None else vars(self.gained),
+            "against_full_cache": {name: vars(one) for name, one in self.against_full.items()},
+            "against_drop": {name: vars(one) for name, one in self.against_drop.items()},
         }
 
 
@@ -83,36 +86,47 @@ def mean_of_tasks(values: Sequence[Tensor]) -> float:
     return torch.stack([one.mean() for one in values]).mean().item()
 
 
+def average(columns: Iterable[Sequence[float]]) -> float:
+    """The same of lists."""
+    return mean_of_tasks([torch.tensor(column).double() for column in columns])
+
+
 class Summary:
     """What was measured, row by row.
 
     Args:
         results: what was measured.
-        cells: which cells to sum up; those that were not measured yet are left out.
+        cells: which cells to sum up. Those of which nothing was measured are left out; of a task the examples that were
+            measured with all caches are compared.
     """
 
     def __init__(self, results: Results, cells: Sequence[dict[str, Any]]) -> None:
         self.setting = results.setting
-        self._measured: dict[tuple[str, int, str], dict[str, list]] = {}
         self.variants: dict[str, Variant] = {}
         self.tasks: dict[int, list[str]] = {}
+        self.indices: dict[tuple[str, int], list[int]] = {}
+        self._measured: dict[tuple[str, int, str], dict[int, dict[str, Any]]] = {}
         self._rows: dict[tuple[tuple[str, ...], int, str], Row | None] = {}
+        of_tasks: dict[tuple[str, int], list[set[int]]] = defaultdict(list)
         for cell in cells:
-            if cell in results:
+            if measured := results[cell]:
                 variant = Variant(**cell["variant"])
                 task, length = cell["task"], cell["context_length"]
                 self.variants[variant.key] = variant
-                self._measured[task, length, variant.key] = results[cell]
+                self._measured[task, length, variant.key] = measured
+                of_tasks[task, length].append(set(measured))
                 if task not in self.tasks.setdefault(length, []):
                     self.tasks[length].append(task)
-
-    def questions(self, length: int) -> list[str]:
-        """The tasks that ask something."""
-        return [task for task in self.tasks.get(length, ()) if task != TEXT]
+        for key, measured in of_tasks.items():
+            self.indices[key] = sorted(set.intersection(*measured) or max(measured, key=len))
 
     def measured(self, task: str, length: int, variant: Variant) -> dict[str, list] | None:
-        """What was measured of every example of a cell."""
-        return self._measured.get((task, length, variant.key))
+        """What was measured of the examples of a cell that are compared; `None` where one is missing."""
+        found = self._measured.get((task, length, variant.key), {})
+        rows = [found.get(index) for index in self.indices.get((task, length), [None])]
+        if None in rows:
+            return None
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
     def row(self, tasks: Sequence[str], length: int, variant: Variant) -> Row | None:
         """A cache on some tasks; `None` where not all of them were measured."""
@@ -122,30 +136,33 @@ class Summary:
         return self._rows[key]
 
     def _make_row(self, tasks: Sequence[str], length: int, variant: Variant) -> Row | None:
-        def of(one: Variant, metric: str) -> list[Tensor] | None:
+        def of(one: Variant) -> list[dict[str, list]] | None:
             measured = [self.measured(task, length, one) for task in tasks]
-            if not measured or None in measured:
-                return None
-            return [torch.tensor(columns[metric], dtype=torch.float64) for columns in measured]
+            return None if not measured or None in measured else measured
 
-        metric = "loss" if TEXT in tasks else "score"
-        mine = of(variant, metric)
+        def against(other: list[dict[str, list]] | None) -> dict[str, Difference]:
+            if other is None:
+                return {}
+
+            def columns(measured: list[dict[str, list]], name: str) -> list[Tensor]:
+                return [torch.tensor(one[name]).double() for one in measured]
+
+            return {name: Difference.between(columns(mine, name), columns(other, name)) for name in COMPARED}
+
+        mine, full = of(variant), of(Variant())
         if mine is None:
             return None
-        names = [name for name in self.measured(tasks[0], length, variant) if name != "prediction"]
-        values = {name: mean_of_tasks(of(variant, name)) for name in names}
-        full, full_bytes = of(Variant(), metric), of(Variant(), "bytes")
-        dropped = of(variant.dropping, metric)
-        compared = not variant.is_full
+        names = list(dict.fromkeys(name for one in mine for name in one if name != "prediction"))
+        values = {name: average(one[name] for one in mine if name in one) for name in names}
         return Row(
             tuple(tasks),
             length,
             variant,
-            sum(map(len, mine)),
+            sum(len(one["score"]) for one in mine),
             values,
-            share=1.0 if full_bytes is None else values["bytes"] / mean_of_tasks(full_bytes),
-            lost=Difference.between(mine, full) if compared and full is not None else None,
-            gained=Difference.between(mine, dropped) if variant.merges and dropped else None,
+            share=1.0 if full is None else values["bytes"] / average(one["bytes"] for one in full),
+            against_full={} if variant.is_full else against(full),
+            against_drop=against(of(variant.dropping)) if variant.merges else {},
         )
 
     def rows(self, tasks: Sequence[str], length: int) -> list[Row]:
@@ -158,6 +175,6 @@ class Summary:
         of_tasks, of_all = [], []
         for length, tasks in self.tasks.items():
             of_tasks += [row.to_dict() for task in tasks for row in self.rows([task], length)]
-            if len(self.questions(length)) > 1:
-                of_all += [row.to_dict() for row in self.rows(self.questions(length), length)]
+            if len(tasks) > 1:
+                of_all += [row.to_dict() for row in self.rows(tasks, length)]
         return {"setting": self.setting, "over_all_tasks": of_all, "by_task": of_tasks}

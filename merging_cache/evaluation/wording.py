@@ -13,6 +13,16 @@ from .example import Example
 
 
 @dataclass(frozen=True)
+class Fact:
+    """Something to be remembered: a sentence, a question about it, how the answer begins, and the rest of it."""
+
+    sentence: str
+    question: str
+    answer_prefix: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class Frame:
     """How a kind of task speaks: `{text}` stands for what it hides things in.
 
@@ -21,17 +31,27 @@ class Frame:
         question: what is asked after it.
         answer_prefix: the beginning of the answer, given to the model.
         max_new_tokens: how long the answer may be.
+        between: what stands between the answers, where several are right together.
     """
 
     context: str
     question: str
     answer_prefix: str
     max_new_tokens: int
+    between: str = ", "
 
-    def fill(self, task: str, answers: list[str], depths: tuple[float, ...] = (), **words: object) -> Example:
+    def fill(
+        self, task: str, answers: list[str], depths: tuple[float, ...] = (), any_is_right: bool = False, **words: object
+    ) -> Example:
         """The example of a task, with these words in place."""
-        parts = (part.format(**words) for part in (self.context, self.question, self.answer_prefix))
-        return Example(task, *parts, answers, self.max_new_tokens, depths)
+        context, question, prefix = (part.format(**words) for part in (self.context, self.question, self.answer_prefix))
+        reference = self.reference(prefix, answers, any_is_right)
+        return Example(task, context, question, prefix, answers, self.max_new_tokens, depths, reference)
+
+    def reference(self, prefix: str, answers: Sequence[str], any_is_right: bool = False) -> str:
+        """A right answer as it stands behind its beginning."""
+        given = answers[0] if any_is_right else self.between.join(answers)
+        return given if prefix.endswith(" ") else f" {given}"
 
 
 class Wording(ABC):
@@ -39,7 +59,7 @@ class Wording(ABC):
 
     Attributes:
         frames: by kind of task: `"niah"` (one key, one value), `"niah values"` (several values of a key),
-            `"niah queries"` (several keys), `"vt"`, `"cwe"`, `"fwe"`, `"qa"`.
+            `"niah queries"` (several keys), `"vt"`, `"cwe"`, `"fwe"`, `"qa"`, `"fact"`, `"quotation"`.
         noise_line: the sentences that are repeated where a haystack is noise.
         line_break: what stands between the lines of a haystack.
         coded_noise: the most frequent word of a coded text, which is not asked for.
@@ -65,6 +85,21 @@ class Wording(ABC):
     @abstractmethod
     def prose(self, rng: random.Random, size: int) -> list[str]:
         """About `size` words of running text, sentence by sentence."""
+
+    @abstractmethod
+    def stretch(
+        self, size: int, following: int, length: int, seed: int, index: int
+    ) -> tuple[list[list[str]], list[str]]:
+        """About `size` words of running text, sentence by sentence, and the `following` words after them.
+
+        Args:
+            length: tokens that the text may have, which no two stretches share for one seed.
+            seed, index: which stretch.
+        """
+
+    @abstractmethod
+    def facts(self, rng: random.Random, count: int) -> list[Fact]:
+        """`count` different facts that stand in no prose."""
 
     @abstractmethod
     def variables(self, rng: random.Random, count: int, letters: int) -> list[str]:

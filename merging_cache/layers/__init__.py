@@ -1,10 +1,19 @@
 """The layers of a cache: what each holds, when it folds, and what it tells transformers."""
 
 from .fixed import FixedCache
-from .hybrid import HybridLayer, MergingHybridLayer
+from .hybrid import HybridLayer, MergingHybridLayer, linear_attention_state
 from .merging import MergingLayer
 from .padding import Padding
 from .seen import TokensSeen
 from .shared import Shared
 
-__all__ = ["FixedCache", "HybridLayer", "MergingHybridLayer", "MergingLayer", "Padding", "Shared", "TokensSeen"]
+__all__ = [
+    "FixedCache",
+    "HybridLayer",
+    "MergingHybridLayer",
+    "MergingLayer",
+    "Padding",
+    "Shared",
+    "TokensSeen",
+    "linear_attention_state",
+]

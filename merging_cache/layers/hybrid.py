@@ -55,3 +55,11 @@ if HybridLayer is not None:
         def _select_rows(self, indices: Tensor) -> None:
             MergingLayer._select_rows(self, indices)
             cache_utils.LinearAttentionLayer.reorder_cache(self, indices)
+
+
+def linear_attention_state(layer: Any) -> dict[str, Any]:
+    """The attributes of a layer that belong to its linear-attention half; none where it has no such half."""
+    if MergingHybridLayer is None or not isinstance(layer, HybridLayer | MergingHybridLayer):
+        return {}
+    empty = vars(cache_utils.LinearAttentionLayer(number_of_states=layer.number_of_states))
+    return {name: vars(layer)[name] for name in empty.keys() - vars(cache_utils.DynamicLayer()).keys()}

@@ -1,21 +1,27 @@
 """Everything that knows transformers' models: the link to them, attention, rotary embeddings, what is refused."""
 
-from .attention import Pass
+from .attention import Pass, find_pass
 from .calling import CACHE_ARGUMENT, cache_argument
 from .link import Link, can_link, linked_model, merging_attention
+from .loading import SHIPPED_MODELS, LoadedModel, load_model, model_folder
 from .rotary import Rotary, rotary_of
 from .support import check_supported, reads_stored_keys, settings, takes_masks
 
 __all__ = [
     "CACHE_ARGUMENT",
+    "SHIPPED_MODELS",
     "Link",
+    "LoadedModel",
     "Pass",
     "Rotary",
     "cache_argument",
     "can_link",
     "check_supported",
+    "find_pass",
     "linked_model",
+    "load_model",
     "merging_attention",
+    "model_folder",
     "reads_stored_keys",
     "rotary_of",
     "settings",

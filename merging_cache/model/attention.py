@@ -55,6 +55,15 @@ class Pass:
         # some models compute other keys from what update returns, and the mark is lost
         _thread.waiting = weakref.ref(self)
 
+    def tell(self, **attended: Any) -> None:
+        """Tell the layer what its attention was given, the first time only.
+
+        Its keys may be shared with another layer's attention, which has other queries.
+        """
+        if self.layer is not None:
+            layer, self.layer = self.layer, None
+            layer.attended(**attended)
+
     def mask(self, attention_mask: Any, query: Tensor, length: int) -> Tensor | None:
         """The mask for this layer, `[B, 1 or Hq, q, length]`, added to logits; or the one given where it fits already.
 
@@ -156,17 +165,15 @@ def register(implementation: str) -> str:
         mask = announced.mask(attention_mask, query, key.shape[2])
         run_as = implementation if mask is attention_mask else _for_mask(implementation, kwargs)
         output = _run(run_as, module, query, key, value, mask, *args, **kwargs)
-        if announced.layer is not None:
-            announced.layer.attended(
-                query=query,
-                key=key,
-                value=value,
-                visible=visible_to_last(attention_mask),
-                module=module,
-                scaling=kwargs.get("scaling"),
-                hidden_states=hidden_states,
-            )
-            announced.layer = None  # keys may be shared with another layer's attention, which has other queries
+        announced.tell(
+            query=query,
+            key=key,
+            value=value,
+            visible=visible_to_last(attention_mask),
+            module=module,
+            scaling=kwargs.get("scaling"),
+            hidden_states=hidden_states,
+        )
         return output
 
     AttentionInterface.register(name, linked_attention)

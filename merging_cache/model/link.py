@@ -84,6 +84,11 @@ class Link:
         before, self._reading = self._reading, weakref.ref(layer)
         return None if before is None else before()
 
+    def watch_hidden_states(self) -> None:
+        """Have the attention of a linked model hand over its input, too; for as long as it is linked."""
+        if self._model_link is not None:
+            self._model_link.watch_hidden_states()
+
     def release(self, model: PreTrainedModel | None) -> None:
         """Put the model back as it was before it was linked, unless another cache or a `with` block still needs it.
 

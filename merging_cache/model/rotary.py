@@ -8,6 +8,7 @@ is used here. Knows transformers' model files; scorers only know `Rotary`.
 import inspect
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ CHANGING = ("dynamic", "longrope")  # frequencies that depend on the length of t
 ORDERS = (["cos", "sin"], ["sin", "cos"])  # in which rotary modules give them, and their models' functions take them
 PROBED = (0, 1, 5, 42, 999, 30_011)  # far enough apart for slow channels to turn, too
 UNEXPLAINED = 0.05  # of the spread over positions that the right way may leave, by rounding in half precision
+
+
+# by attention module, which none of them keeps alive
+_found: "WeakKeyDictionary[torch.nn.Module, Rotary]" = WeakKeyDictionary()
 
 
 class Rotary:
@@ -82,9 +87,8 @@ class Rotary:
         return self._apply(flat, cos, sin).view(states.shape)
 
 
-@torch.no_grad()
 def rotary_of(module: torch.nn.Module) -> Rotary:
-    """The rotary embedding of an attention module of a linked model.
+    """The rotary embedding of an attention module of a linked model, found once for each module.
 
     It is tried out: the module attends to one and the same token at several positions, and the queries that it makes
     of it, rotated back, have to be one and the same query.
@@ -92,6 +96,13 @@ def rotary_of(module: torch.nn.Module) -> Rotary:
     Raises:
         ValueError: if the module has none, or one that cannot be undone so.
     """
+    if module not in _found:
+        _found[module] = _find(module)
+    return _found[module]
+
+
+@torch.no_grad()
+def _find(module: torch.nn.Module) -> Rotary:
     model = linked_model(module)
     name = type(module).__name__
 

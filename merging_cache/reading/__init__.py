@@ -1,0 +1,17 @@
+"""Reading a context once and filling many caches from it, and what each of them then loses."""
+
+from .continuation import Continuation, agrees, divergence, loss, predict, release, rows_of
+from .reading import Reading, check_length, clock
+
+__all__ = [
+    "Continuation",
+    "Reading",
+    "agrees",
+    "check_length",
+    "clock",
+    "divergence",
+    "loss",
+    "predict",
+    "release",
+    "rows_of",
+]
