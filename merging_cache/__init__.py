@@ -5,7 +5,7 @@ from .cache import MergingDynamicCache, MergingQuantizedCache
 from .config import MergingConfig
 from .mergers import MERGERS, Merger
 from .model import load_model, merging_attention
-from .reading import Reading
+from .reading import Comparison, Reading, compare
 from .report import CacheReport, LayerReport, plot_merges
 from .scorers import SCORERS, KVPressScorer, Scorer
 from .states import LayerStates, Slots, Survivors
@@ -18,6 +18,7 @@ __all__ = [
     "SCORERS",
     "Budget",
     "CacheReport",
+    "Comparison",
     "KVPressScorer",
     "LayerReport",
     "LayerStates",
@@ -29,6 +30,7 @@ __all__ = [
     "Scorer",
     "Slots",
     "Survivors",
+    "compare",
     "load_model",
     "merging_attention",
     "plot_merges",

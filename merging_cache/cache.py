@@ -88,7 +88,7 @@ class MergingDynamicCache(DynamicCache):
             late = self.merging.fold_at == "decode"
             check_supported(self._config, folding, fold.merger.merges_values, fold.fits_masks, late)
         padding, needed = Padding(attention_mask), folds and fold.needs_attention
-        hidden_states = needed and any(stage.needs_hidden_states for stage in fold.stages.values())
+        hidden_states = needed and fold.needs_hidden_states
         # last of what may raise, so that no model is left linked
         link = Link(model, config, needed, type(self).__name__, hidden_states)
         self._shared = Shared(self.merging, fold, padding, link, self._storage(), trace)
@@ -141,6 +141,11 @@ class MergingDynamicCache(DynamicCache):
     def folding_layers(self) -> list[MergingLayer]:
         """The layers that fold."""
         return [layer for layer in self.layers if isinstance(layer, MergingLayer)]
+
+    @property
+    def needs_hidden_states(self) -> bool:
+        """Whether some stage looks at the attention's input."""
+        return self.merging.compression_ratio != 0 and self._shared.fold.needs_hidden_states
 
     def is_of(self, model: PreTrainedModel) -> bool:
         """Whether it was made for this model, or one of its kind, as far as it was told."""
@@ -373,6 +378,11 @@ class MergingQuantizedCache(MergingDynamicCache):
     def fixed(self, max_new_tokens: int) -> FixedCache:
         """Not possible: a fixed cache is stored in full precision."""
         raise ValueError("a quantized cache cannot be fixed, which stores full precision; use MergingDynamicCache")
+
+    @property
+    def backend_name(self) -> str:
+        """What quantizes, and to how many bits: `"quanto-4"`."""
+        return self._backend.name
 
     def _storage(self) -> Callable[[], EvenStorage]:
         return partial(QuantizedStorage, self._backend, self._residual_length)

@@ -15,7 +15,7 @@ from .budgets import BUDGETS, Budget
 from .fold import Fold
 from .mergers import MERGERS, QUERY_SOURCES, Merger
 from .scorers import SCORERS, Scorer, build_scorer
-from .stage import Spec, build_stage, check_choice, check_number, describe_stage
+from .stage import Spec, build_stage, check_choice, check_number, describe_stage, summarize_stage
 from .states import LayerStates
 
 DEFAULT_COMPRESSION_RATIO = 0.5
@@ -117,6 +117,23 @@ class MergingConfig:
             linked: whether the cache has the model, which is what `merger="auto"` goes by.
         """
         return self._folds[linked]
+
+    @property
+    def label(self) -> str:
+        """What tables call it, options that are the defaults left out: `"snapkv adakv mass 75%"`."""
+        scorer = build_scorer(self.scorer)
+        budget = None if self.budget == scorer.default_budget else self.budget
+        stages = [
+            summarize_stage(scorer, SCORERS),
+            "" if budget is None else summarize_stage(build_stage("budget", budget, BUDGETS, Budget), BUDGETS),
+            summarize_stage(build_stage("merger", self.merger, MERGERS, Merger), MERGERS | QUERY_SOURCES),
+        ]
+        return " ".join(part for part in (*stages, self.size) if part)
+
+    @property
+    def size(self) -> str:
+        """How much is evicted, as people say it: `"75%"`, `"1024 tokens"`."""
+        return f"{100 * self.compression_ratio:g}%" if self.max_tokens is None else f"{self.max_tokens} tokens"
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "MergingConfig":

@@ -62,6 +62,11 @@ class Fold:
         """Whether keys and values are not enough: something is to be seen, or masks are to be fitted."""
         return any(stage.needs_attention for stage in self.stages.values())
 
+    @property
+    def needs_hidden_states(self) -> bool:
+        """Whether some stage looks at the attention's input."""
+        return any(stage.needs_hidden_states for stage in self.stages.values())
+
     # Observing --------------------------------------------------------------------------------------------------------
 
     def observe(self, states: LayerStates, new: int) -> dict[str, Statistics]:

@@ -15,7 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from architectures import causal_lm_types, tiny_config, tiny_model
-from merging_cache import MergingDynamicCache, Scorer
+from merging_cache import MergingDynamicCache, Reading, Scorer
 from merging_cache.model import cache_argument, can_link
 from models import SameInAllHeads
 
@@ -96,6 +96,18 @@ def outcome(model_type):
         return NO_FULL_ATTENTION
     assert torch.equal(logits, expected), f"prefill differs by {(logits - expected).abs().max()}"
     assert all(layer.num_slots == LENGTH // 2 for layer in folded)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        generated, filled = (MergingDynamicCache(config=model.config, **options) for _ in range(2))
+        told_all = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 1, "pad_token_id": 0}
+        model.generate(prompt, do_sample=False, **told_all, **cache_argument(generated))
+        Reading(model, prompt).fill(filled)
+    for mine, theirs in zip(generated.folding_layers, filled.folding_layers, strict=True):
+        assert mine.num_stored == theirs.num_stored, "a reading fills another number of layers"
+        if mine.num_stored:
+            pairs = [(getattr(mine, name), getattr(theirs, name)) for name in ("keys", "values", "positions")]
+            assert all(torch.equal(*pair) for pair in pairs), "a reading fills a cache otherwise than a prefill"
 
     # the same step with the full cache and a mask over what was dropped; sliding windows lie inside what is kept
     kept = folded[0].positions[0, 0]

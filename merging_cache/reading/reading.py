@@ -78,6 +78,7 @@ class Reading:
             raise ValueError(f"there is nothing to read: input_ids is {came}; give ids of shape (batch, tokens)")
         self.model = model
         self.num_tokens = states.shape[1]
+        self._keeps_hidden_states = hidden_states
         self.attention_mask = attention_mask
         check_length(model, self.num_tokens)
         self._recorded = RecordingCache(model, hidden_states)
@@ -130,8 +131,12 @@ class Reading:
             raise TypeError(f"cache is {type(cache).__name__}; give a cache of transformers that has layers")
         if any(isinstance(layer, DynamicLayer) and layer.get_seq_length() for layer in cache.layers):
             raise ValueError("the cache is not empty: a reading fills a new one (or call cache.reset() before)")
-        if isinstance(cache, MergingDynamicCache) and not cache.is_of(self.model):
-            raise ValueError(f"the cache was made for another model than the {type(self.model).__name__} that has read")
+        if isinstance(cache, MergingDynamicCache):
+            if not cache.is_of(self.model):
+                name = type(self.model).__name__
+                raise ValueError(f"the cache was made for another model than the {name} that has read")
+            if cache.needs_hidden_states and not self._keeps_hidden_states:
+                raise ValueError("the cache looks at hidden states, and none were kept; read with hidden_states=True")
         self._recorded.fill(cache)
         return cache
 

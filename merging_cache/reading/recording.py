@@ -135,11 +135,8 @@ class RecordingCache(MergingDynamicCache):
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        others = (layer for layer in self.layers if not isinstance(layer, MergingLayer))
-        held = sum(tensor.nbytes for layer in others for tensor in vars(layer).values() if isinstance(tensor, Tensor))
-        for layer in self.folding_layers:
-            held += layer.nbytes + (layer.attended_with.nbytes if layer.attended_with else 0)
-        return held
+        attended = (layer.attended_with for layer in self.folding_layers)
+        return self.report().total.bytes_now + sum(one.nbytes for one in attended if one is not None)
 
     def fill(self, cache: Cache) -> None:
         """Give an empty cache what a pass over the same context would have given it."""

@@ -17,14 +17,16 @@ class Backend(ABC):
     """Packs `[B, H, L, D]` tensors.
 
     Args:
+        name: and the number of bits, as people say it: `"quanto-4"`.
         axis_key, axis_value: the quantization axis of keys and of values, in the backend's own numbering.
         group_size: elements that share a scale; `None` for the largest divisor of the head dimension up to 64, so that
             groups lie inside one token and requantizing an untouched slot costs nothing.
     """
 
-    def __init__(self, axis_key: int, axis_value: int, group_size: int | None = None) -> None:
+    def __init__(self, name: str, axis_key: int, axis_value: int, group_size: int | None = None) -> None:
         if group_size is not None:
             check_number("q_group_size", group_size, int, minimum=1)
+        self.name = name
         self.axis_key = axis_key
         self.axis_value = axis_value
         self.group_size = group_size
@@ -50,7 +52,7 @@ class QuantoBackend(Backend):
     """int4 and int2 by optimum-quanto: axis 0 groups within a token (if `group_size` divides D), -1 across tokens."""
 
     def __init__(self, nbits: int = 4, axis_key: int = 0, axis_value: int = 0, group_size: int | None = None) -> None:
-        super().__init__(axis_key, axis_value, group_size)
+        super().__init__(f"quanto-{nbits}", axis_key, axis_value, group_size)
         check_choice("nbits of backend 'quanto'", nbits, (2, 4))
         check_choice("axis_key of backend 'quanto'", axis_key, (0, -1))
         check_choice("axis_value of backend 'quanto'", axis_value, (0, -1))
@@ -83,7 +85,7 @@ class HQQBackend(Backend):
     """
 
     def __init__(self, nbits: int = 4, axis_key: int = 1, axis_value: int = 1, group_size: int | None = None) -> None:
-        super().__init__(axis_key, axis_value, group_size)
+        super().__init__(f"hqq-{nbits}", axis_key, axis_value, group_size)
         check_choice("nbits of backend 'hqq'", nbits, (1, 2, 4, 8))
         check_choice("axis_key of backend 'hqq'", axis_key, (0, 1))
         check_choice("axis_value of backend 'hqq'", axis_value, (0, 1))
@@ -122,7 +124,7 @@ class Fp8Backend(Backend):
     """8-bit floats (e4m3) with one scale per token and head; needs no further package."""
 
     def __init__(self) -> None:
-        super().__init__(axis_key=-1, axis_value=-1)
+        super().__init__("fp8", axis_key=-1, axis_value=-1)
 
     def quantize(self, states: Tensor, axis: int) -> Any:
         largest = torch.finfo(torch.float8_e4m3fn).max
