@@ -53,10 +53,10 @@ from merging_cache.evaluation.plots import heat_map
 from merging_cache.evaluation.results import Results
 from merging_cache.model import cache_argument
 from merging_cache.report import new_figure
-from needle_tasks import Context, Question, make_context, score
-from quickstart import KINDS, pick_questions
+from needle_tasks import KINDS, Context, Question, make_context, pick_questions, score
 
 NEEDLE = Path(__file__).parent / "needle"
+WHOLE = 0  # a cell is measured in one go: its columns are all that is kept of it
 GATED = '{"name": "count", "similarity_threshold": 0.7}'
 BY_KEYS = '{"name": "residual", "clusters": "keys"}'
 REFITTED = '{"name": "refit", "merger": "auto"}'
@@ -330,7 +330,7 @@ class Table:
     def of(self, source: str, merger: str, metric: str) -> Tensor:
         """`[ratios, scorers, contexts]`."""
         cells = [[Cell(source, scorer, ratio, merger) for scorer in self.scorers] for ratio in self.ratios]
-        measured = [[self.results[dataclasses.asdict(cell)][metric] for cell in row] for row in cells]
+        measured = [[self.results[dataclasses.asdict(cell)][WHOLE][metric] for cell in row] for row in cells]
         return torch.tensor(measured, dtype=torch.float64)
 
 
@@ -468,7 +468,7 @@ def main() -> None:
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn"), initializer=quietly) as pool:
         futures = [pool.submit(cell.measure, setting) for cell in cells]
         for cell, future in zip(tqdm(cells, unit="cell", desc="measuring"), futures, strict=True):
-            results.add(dataclasses.asdict(cell), future.result())
+            results.add(dataclasses.asdict(cell), WHOLE, future.result())
 
     print(f"\n{setting.contexts} contexts of {setting.words} words, seed {setting.seed}, ", end="")
     print(f"{setting.sink_tokens} sinks and {setting.recent_tokens} recent tokens protected")

@@ -1,4 +1,4 @@
-"""Long-context questions in plain words: what the needle model is trained on and what the quickstart asks.
+"""Long-context questions in plain words: what the needle model is trained on and asked.
 
 One context hides three kinds of facts among filler sentences: codes of names, one marked passage, and votes. Every
 question is a sentence to complete, asked after the context, so a cache folded at the end of the context cannot know
@@ -9,6 +9,12 @@ import random
 from dataclasses import dataclass
 
 from merging_cache.evaluation.needle_words import CODES, NAMES, filler_sentence
+
+KINDS = {
+    "multi-key": "look-up",
+    "copy": "copy",
+    "frequent": "top 3",
+}  # of questions about one context, as tables say it
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,13 @@ def make_context(rng: random.Random, words: int, pairs: int, passage: int = 12, 
     sentences = facts + fillers
     rng.shuffle(sentences)
     return Context(" ".join(word for sentence in sentences for word in sentence), questions)
+
+
+def pick_questions(rng: random.Random, context: Context, lookups: int) -> list[Question]:
+    """Some of the look-ups of a context and all its other questions."""
+    by_kind = {kind: [q for q in context.questions if q.kind == kind] for kind in KINDS}
+    picked = rng.sample(by_kind["multi-key"], min(lookups, len(by_kind["multi-key"])))
+    return picked + by_kind["copy"] + by_kind["frequent"]
 
 
 def held_out(rng: random.Random, kind: str, words: int = 512) -> tuple[str, Question]:

@@ -10,13 +10,14 @@ VOCABULARY = 97
 # a small window, so that few prompts are within the budget by protection alone
 WINDOW = {"sink_tokens": 2, "recent_tokens": 6}
 
+FOLDING = {"merger": "similarity", **WINDOW}
 CACHES = {
-    "dynamic": lambda model, **options: MergingDynamicCache(config=model.config, **WINDOW | options),
+    "dynamic": lambda model, **options: MergingDynamicCache(config=model.config, **FOLDING | options),
     "quanto": lambda model, **options: MergingQuantizedCache(
-        "quanto", config=model.config, **{"residual_length": 16} | WINDOW | options
+        "quanto", config=model.config, **{"residual_length": 16} | FOLDING | options
     ),
     "fp8": lambda model, **options: MergingQuantizedCache(
-        "fp8", config=model.config, **{"residual_length": 16} | WINDOW | options
+        "fp8", config=model.config, **{"residual_length": 16} | FOLDING | options
     ),
 }
 

@@ -67,7 +67,7 @@ def test_other_caches_pass_through_bit_for_bit(attention, inputs):
 def test_a_linked_cache_without_need_is_the_unlinked_one(attention):
     model, inputs = llama(attention), left_padded([40, 17, 3])
     mask = inputs["attention_mask"]
-    unlinked = MergingDynamicCache(config=model.config, attention_mask=mask, **WINDOW)
+    unlinked = MergingDynamicCache(config=model.config, merger="similarity", attention_mask=mask, **WINDOW)
     expected = greedy(model, inputs, **cache_argument(unlinked))
     cache = linked(model, merger="similarity")  # it learns the padding by itself
     output = greedy(model, inputs, **cache_argument(cache))

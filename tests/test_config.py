@@ -7,7 +7,7 @@ import torch
 
 from merging_cache import MergingConfig, MergingDynamicCache, Scorer
 from merging_cache.config import resolve_config
-from merging_cache.mergers import CountMerger, MassMerger, RefitMerger, SimilarityMerger, ValidatedMerger
+from merging_cache.mergers import CountMerger, DropMerger, MassMerger, RefitMerger, SimilarityMerger, ValidatedMerger
 from merging_cache.mergers.queries import StratifiedQueries
 from merging_cache.scorers import KnormScorer, LagKVScorer
 
@@ -28,9 +28,7 @@ def test_defaults():
     }
     assert config.build(linked=True).merger == MassMerger(lookup_share=0.002)
     assert config.build(linked=True).scorer is config.build().scorer
-    assert config.build().merger == SimilarityMerger(
-        similarity_threshold=0.0, merge_fraction=1.0, value_norm_weighting=True, max_merge_per_token=0, merge_keys=False
-    )
+    assert config.build().merger == DropMerger()
 
 
 @pytest.mark.parametrize(

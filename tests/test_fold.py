@@ -37,7 +37,8 @@ def test_fold_equals_loops(length, sinks, recent, scorer, data):
     num_slots = data.draw(st.integers(1, length - 1))
     torch.manual_seed(length)
     states = states_of(length)
-    fold = MergingConfig(scorer=scorer, sink_tokens=sinks, recent_tokens=recent).build()
+    options = {"merger": "similarity", "sink_tokens": sinks, "recent_tokens": recent}
+    fold = MergingConfig(scorer=scorer, **options).build()
     slots = fold(states, num_slots)
     for row in range(2):
         for head in range(2):

@@ -323,8 +323,8 @@ def test_guards_name_the_layer_and_change_nothing():
 def test_latent_attention_may_be_dropped_but_not_merged():
     keys, values = torch.randn(1, 1, 20, 8), torch.randn(1, 1, 20, 4)
     with pytest.raises(ValueError, match="latent attention .*Use merger='drop'"):
-        MergingDynamicCache(compression_ratio=0.5).update(keys, values, 0)
-    cache = MergingDynamicCache(compression_ratio=0.5, merger="drop")
+        MergingDynamicCache(compression_ratio=0.5, merger="similarity").update(keys, values, 0)
+    cache = MergingDynamicCache(compression_ratio=0.5)
     cache.update(keys, values, 0)
     assert cache.layers[0].values.shape == (1, 1, 10, 4)
 

@@ -167,7 +167,7 @@ def test_loops_that_read_stored_keys_by_themselves():
     with pytest.raises(ValueError, match="reads stored keys by itself"):
         cache.fixed(4)
     default = MergingDynamicCache(model=model)
-    assert default.folding_layers[0].merger.stage_name == "SimilarityMerger"
+    assert default.folding_layers[0].merger.stage_name == "DropMerger"
     default.release()
 
 

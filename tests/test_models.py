@@ -132,7 +132,7 @@ def test_mistral_folds_unless_it_has_a_window():
 def test_latent_attention_drops_or_refuses(family):
     model, ids = tiny_model(family), prompt(LENGTH)
     with pytest.raises(ValueError, match=f"{family} has multi-head latent attention .*Use merger='drop'"):
-        MergingDynamicCache(config=model.config, compression_ratio=0.5)
+        MergingDynamicCache(config=model.config, merger="similarity", compression_ratio=0.5)
     one = greedy(model, ids, **cache_argument(DynamicCache(config=model.config)))
     other = greedy(model, ids, **cache_argument(CACHES["dynamic"](model, compression_ratio=0)))
     assert torch.equal(torch.stack(one.logits), torch.stack(other.logits))

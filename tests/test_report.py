@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from merging_cache import MergingDynamicCache, merging_attention
-from merging_cache.mergers import SimilarityMerger
+from merging_cache.mergers import DropMerger
 from merging_cache.model import cache_argument
 from models import CACHES, WINDOW, greedy, llama, prompt, tiny_model
 
@@ -93,11 +93,11 @@ def test_slots_are_the_mean_over_heads_of_different_lengths():
 
 @torch.no_grad()
 def test_it_says_which_merger_ran():
-    """`"auto"` is `mass` with the model and `similarity` without, or where the model cannot be linked."""
+    """`"auto"` is `mass` with the model and `drop` without, or where the model cannot be linked."""
     model, ids = llama(), prompt(64)
     caches = {
         "mass(lookup_share=0.002)": MergingDynamicCache(model=model, **WINDOW),
-        "similarity": MergingDynamicCache(config=model.config, **WINDOW),
+        "drop": MergingDynamicCache(config=model.config, **WINDOW),
         "count(routing='distance')": MergingDynamicCache(
             model=model, merger={"name": "count", "routing": "distance"}, **WINDOW
         ),
@@ -106,13 +106,13 @@ def test_it_says_which_merger_ran():
         model(ids, **cache_argument(cache))
         assert [row.merger for row in cache.report().layers] == [merger, merger]
         assert str(cache.report()).splitlines()[2].endswith(merger)
-        assert (cache.layers[0].log_mass is None) == (merger == "similarity")
+        assert (cache.layers[0].log_mass is None) == (merger == "drop")
     with merging_attention(model):
-        assert MergingDynamicCache(config=model.config).layers[0].merger == SimilarityMerger()
-    assert MergingDynamicCache(model=tiny_model("jetmoe")).report().layers[0].merger == "similarity"
+        assert MergingDynamicCache(config=model.config).layers[0].merger == DropMerger()
+    assert MergingDynamicCache(model=tiny_model("jetmoe")).report().layers[0].merger == "drop"
     assert MergingDynamicCache(model=model, compression_ratio=0).report().layers[0].merger == "-"
     outside = tiny_model("xglm", attention="eager")
     cache = MergingDynamicCache(model=outside, **WINDOW)
     outside(ids, **cache_argument(cache))
-    assert cache.report().layers[0].merger == "similarity"
+    assert cache.report().layers[0].merger == "drop"
     assert cache.layers[0].num_merged.any()

@@ -52,6 +52,10 @@ class Results:
         if whole != text:
             path.write_text(whole, encoding="utf-8")
 
+    def __contains__(self, cell: Mapping[str, Any]) -> bool:
+        """Whether anything was measured of a cell."""
+        return bool(self[cell])
+
     def __getitem__(self, cell: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
         """What was measured of each example of a cell, by its index; nothing where nothing was."""
         return self._measured.get(key_of(cell), {})

@@ -4,20 +4,21 @@ from dataclasses import dataclass
 
 from ..states import LayerStates, Slots, Survivors
 from .base import Merger
+from .drop import DropMerger
 from .mass import MassMerger
-from .similarity import SimilarityMerger
 
 
 @dataclass
 class AutoMerger(Merger):
-    """`mass` with a `lookup_share` of 0.002 where the cache has the model, `similarity` where it has the config only.
+    """`mass` with a `lookup_share` of 0.002 where the cache has the model, `drop` where it has the config only.
 
-    Chosen by what `examples/compare_mergers.py` measured. Without the model, or where it cannot be linked, there are no
-    queries to see and no mass can be added. `cache.report()` says which of them runs.
+    Chosen by what was measured on real weights (`examples/README.md`): without the model, or where it cannot be linked,
+    there are no queries to see and no mass can be added, and what can be merged then answers worse than what is left
+    after dropping. `cache.report()` says which of them runs.
     """
 
     def resolve(self, linked: bool) -> Merger:
-        return MassMerger(lookup_share=0.002) if linked else SimilarityMerger()
+        return MassMerger(lookup_share=0.002) if linked else DropMerger()
 
     def merge(self, states: LayerStates, survivors: Survivors) -> Slots:
         return self.resolve(linked=False).merge(states, survivors)
