@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from merging_cache import load_model
 from needle_tasks import held_out, score
 
 KINDS = ("single", "multi-key", "copy", "frequent")
@@ -43,8 +43,7 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model).eval()
+    model, tokenizer = load_model(options.model)
     print("words  question    score  all right")
     for words in options.words:
         for kind in KINDS:

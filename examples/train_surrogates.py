@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy
 from tqdm import trange
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from merging_cache import load_model
 from merging_cache.linalg import solve_positive_definite
 from merging_cache.scorers import FastKVzipScorer
 from needle_tasks import make_context
@@ -131,8 +131,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model).eval()
+    model, tokenizer = load_model(options.model)
     sizes = {"contexts": options.contexts, "words": options.words, "steps": options.steps, "seed": options.seed}
     for name, folder in train_surrogates(model, tokenizer, options.out, **sizes).items():
         print(f"{name}: {folder}")

@@ -36,7 +36,7 @@ class MergingConfig:
         budget: how slots are shared among layers and heads: a name of `BUDGETS`, a dict or a `Budget`. `"uniform"`,
             except for scorers that come with a budget of their own (`pyramidkv`).
         merger: what becomes of the evicted: a name of `MERGERS`, a dict or a `Merger`. `"auto"` is `"mass"` where the
-            cache is given the model, `"similarity"` where it is given its config only or the model cannot be linked.
+            cache is given the model, `"drop"` where it is given its config only or the model cannot be linked.
         sink_tokens, recent_tokens: first and last tokens of each row that always keep their slot (clipped to the
             slots there are) and that nothing is merged into.
         fold_at: `"prefill"` folds at the end of each pass of several tokens, layer by layer, so memory peaks at one

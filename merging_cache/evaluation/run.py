@@ -302,8 +302,9 @@ class Evaluation:
                 seconds.caches += 1
                 seconds.cache += clock(self._measurer.model.device) - started
             rows = gather_object(rows) if self.state.num_processes > 1 else rows
-            for cell, index, measured in together(rows):
-                self.results.add(cell, index, measured) if self.state.is_main_process else None
+            if self.state.is_main_process:
+                for cell, index, measured in together(rows):
+                    self.results.add(cell, index, measured)
             bar.update(sum(step < len(missing[number]) for number in numbers))
 
     def leave(self) -> None:
