@@ -564,7 +564,7 @@ def test_without_a_config_every_layer_folds():
     model, ids = llama(), prompt(LENGTH)
     with_config = greedy(model, ids, **cache_argument(CACHES["dynamic"](model, compression_ratio=0.5)))
     with pytest.warns(UserWarning, match="MergingDynamicCache was given neither config=model.config nor model=model"):
-        cache = MergingDynamicCache(compression_ratio=0.5, **WINDOW)
+        cache = MergingDynamicCache(compression_ratio=0.5, merger="similarity", **WINDOW)
     without = greedy(model, ids, **cache_argument(cache))
     assert_same_cache(getattr(with_config, CACHE_ARGUMENT), cache, rtol=1e-4, atol=1e-5)
     # with the config the cache knows that masks make attention faster, which adds in another order

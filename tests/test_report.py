@@ -115,4 +115,4 @@ def test_it_says_which_merger_ran():
     cache = MergingDynamicCache(model=outside, **WINDOW)
     outside(ids, **cache_argument(cache))
     assert cache.report().layers[0].merger == "drop"
-    assert cache.layers[0].num_merged.any()
+    assert cache.layers[0].num_dropped.any()
