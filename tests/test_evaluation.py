@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from merging_cache import MergingDynamicCache
 from merging_cache.evaluation import Evaluation, EvaluationConfig, Summary, Variant
 from merging_cache.evaluation.__main__ import main, write_reports
+from merging_cache.evaluation.cores import Cores
 from merging_cache.evaluation.measure import Encoder, Measurer, Questioned
 from merging_cache.evaluation.metrics import (
     bootstrap_interval,
@@ -322,6 +323,19 @@ def test_tensor_parallel_gives_what_one_process_gives(tmp_path, small):
         for name, value in row.items():
             alone = expected[key][name]
             assert value == (alone if name == "prediction" else pytest.approx(alone, rel=1e-3, abs=1e-4))
+
+
+def test_evaluations_on_one_machine_share_its_cores(tmp_path):
+    one = Cores(8, tmp_path)
+    assert one.share == 8
+    two = Cores(8, tmp_path)
+    three = Cores(8, tmp_path)
+    assert (one.share, two.share, three.share) == (2, 2, 2)
+    two.leave()
+    assert (one.share, three.share) == (4, 4)
+    crowd = [Cores(2, tmp_path / "small") for _ in range(5)]  # more than there are cores
+    assert {cores.share for cores in crowd} == {1}
+    assert Cores(folder=tmp_path / "mine").share == len(os.sched_getaffinity(0))
 
 
 # Reports --------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ..model import model_folder, settings
 from ..reading import clock
 from .config import EvaluationConfig, Variant, fingerprint
+from .cores import Cores
 from .english import English
 from .example import Example
 from .measure import Batch, Encoder, Item, Measurer, batches_of
@@ -45,8 +46,9 @@ class Evaluation:
     """A sweep over a model: `run` measures what is missing, `results` holds what was measured.
 
     Started in several processes (`accelerate launch`, `torchrun`) they share the contexts, batch by batch, or with
-    `tp_plan` the model: each then holds the caches of its own KV heads. On a CPU they share its cores, too, and models
-    below 50 million parameters are run in one thread. Both stay so in the process.
+    `tp_plan` the model: each then holds the caches of its own KV heads. On a CPU all evaluations that run at a time
+    share its cores, unless `OMP_NUM_THREADS` is set, and models below 50 million parameters are run in one thread. The
+    number of threads stays so in the process.
 
     Args:
         config: what to measure.
@@ -104,6 +106,7 @@ class Evaluation:
             for variant in config.variants
         ]
         self._measurer: Measurer | None = None
+        self._cores: Cores | None = None
         self._rehearsed: list[Any] = []
 
     # What is asked ----------------------------------------------------------------------------------------------------
@@ -285,6 +288,8 @@ class Evaluation:
         """Read a batch in each process, and measure one cache after another, all processes in step."""
         mine = numbers[self.state.process_index % self._shares :][:1]
         variants = missing[mine[0]] if mine else []
+        if self._cores is not None:
+            torch.set_num_threads(self._cores.share)
         if variants:
             folds = [variant.merging.build(linked=True) for variant in variants if not variant.is_full]
             questioned = self._measurer.read(self.batches[mine[0]], any(fold.needs_hidden_states for fold in folds))
@@ -312,6 +317,8 @@ class Evaluation:
 
         The threads that carry messages between processes end here: one that still runs while Python exits aborts it.
         """
+        if self._cores is not None:
+            self._cores.leave()
         if self.state.num_processes > 1:
             self.state.wait_for_everyone()
             self.state.destroy_process_group()
@@ -329,9 +336,7 @@ class Evaluation:
             if model.num_parameters() < 50_000_000:
                 torch.set_num_threads(1)  # waking other threads takes longer than a small model's work
             elif "OMP_NUM_THREADS" not in os.environ:
-                # processes that take a core each from one another are far slower than those that share
-                sharing = int(os.environ.get("LOCAL_WORLD_SIZE", self.state.num_processes))
-                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // sharing))
+                self._cores = Cores()
         return model
 
 
