@@ -26,6 +26,7 @@ from merging_cache.evaluation.config import parse_quantize
 from merging_cache.evaluation.english import English
 from merging_cache.evaluation.measure import Encoded, Encoder
 from merging_cache.evaluation.needle_words import NeedleWords
+from merging_cache.evaluation.plan import counted
 from merging_cache.evaluation.run import shipped_model
 from merging_cache.evaluation.tasks import TASKS
 from merging_cache.model import cache_argument
@@ -142,7 +143,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, help="of each page; default: 1024, or 512 for needle")
-    parser.add_argument("--pages", type=int, default=2)
+    parser.add_argument("--pages", type=int, default=2, choices=range(1, 17), metavar="1-16")
     parser.add_argument(
         "--ratios", type=float, nargs="+", default=[0.5, 0.75], help="shares of tokens that lose their slot"
     )
@@ -155,12 +156,16 @@ def main() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    is_needle = options.model == "needle"
     try:
-        model, tokenizer = load_model(shipped_model() if is_needle else options.model)
-    except (ImportError, ValueError) as error:
+        model, tokenizer = load_model(shipped_model() if options.model == "needle" else options.model)
+        run(model.to(options.device), tokenizer, options)
+    except (ImportError, ValueError, TypeError) as error:
         parser.error(str(error))
-    model = model.to(options.device)
+
+
+def run(model, tokenizer, options: argparse.Namespace) -> None:
+    """Ask, and print what was answered."""
+    is_needle = NeedleWords.are(tokenizer.get_vocab())
     if options.device == "cpu" and model.num_parameters() < 50_000_000:
         torch.set_num_threads(1)  # waking other threads takes longer than a small model's work
     encoder = Encoder(tokenizer, chat=bool(tokenizer.chat_template))
@@ -180,7 +185,8 @@ def main() -> None:
                 ask(model, encoder, variant, reading, page, tokens)
                 bar.update(len(page))
 
-    print(f"\nOne of {len(pages)} pages of {len(encoded[0][0].read)} tokens:\n\n{pages[0][0].context[:600]} …\n")
+    shown = f"One of {counted(len(pages), 'page')} of {len(encoded[0][0].read)} tokens"
+    print(f"\n{shown}:\n\n{pages[0][0].context[:600]} …\n")
     print("Asked about it, after the fold:")
     width = max(len(variant.name) for variant in variants)
     for index, question in enumerate(pages[0]):
@@ -189,7 +195,8 @@ def main() -> None:
             mark = "✓" if variant.right[index] else "✗"
             print(f"  {variant.name.ljust(width)}  {mark} {question.answer_prefix.strip()} {variant.answers[index]}")
     count = sum(map(len, pages))
-    print(f"\n{count} questions about {len(pages)} pages; scorer {options.scorer}, budget {options.budget}\n")
+    asked = f"{count} questions about {counted(len(pages), 'page')}"
+    print(f"\n{asked}; scorer {options.scorer}, budget {options.budget}\n")
     for variant in variants:
         variant.nbytes //= len(pages)
     head = ["cache", "right", "loss of right answers", "bytes", "share", "tokens/s"]

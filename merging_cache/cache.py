@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from .config import MergingConfig, resolve_config
 from .layers import FixedCache, HybridLayer, MergingHybridLayer, MergingLayer, Padding, Shared, TokensSeen
-from .model import Link, can_link, check_supported, reads_stored_keys, takes_masks
+from .model import Link, can_link, check_supported, config_of, reads_stored_keys, takes_masks
 from .report import CacheReport, Fates, report_layers
 from .stage import check_number
 from .storage import DenseStorage, EvenStorage, QuantizedStorage, make_backend
@@ -190,6 +190,12 @@ class MergingDynamicCache(DynamicCache):
             return False
         layers = self.folding_layers
         return bool(layers) and all(layer.num_slots and layer.device.type == "cpu" for layer in layers)
+
+    def fold(self) -> "MergingDynamicCache":
+        """Fold now what waits for its fold, as prompts do with `fold_at="decode"`; returns the cache."""
+        for layer in self.folding_layers:
+            layer.fold()
+        return self
 
     def fixed(self, max_new_tokens: int) -> FixedCache:
         """What this cache holds, with room for `max_new_tokens` and no more, for decoding that is compiled.
@@ -386,14 +392,3 @@ class MergingQuantizedCache(MergingDynamicCache):
 
     def _storage(self) -> Callable[[], EvenStorage]:
         return partial(QuantizedStorage, self._backend, self._residual_length)
-
-
-def config_of(config: PreTrainedConfig | None, model: PreTrainedModel | None) -> PreTrainedConfig | None:
-    """The config to build a cache for, from whichever was given."""
-    if model is None:
-        return config
-    if not hasattr(model, "config"):
-        raise TypeError(f"model is {type(model).__name__}; give a transformers model, such as AutoModelForCausalLM's")
-    if config is not None and config is not model.config:
-        raise ValueError("config and model are both given, but config is not model.config; leave config out")
-    return model.config

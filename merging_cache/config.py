@@ -128,7 +128,9 @@ class MergingConfig:
             "" if budget is None else summarize_stage(build_stage("budget", budget, BUDGETS, Budget), BUDGETS),
             summarize_stage(build_stage("merger", self.merger, MERGERS, Merger), MERGERS | QUERY_SOURCES),
         ]
-        return " ".join(part for part in (*stages, self.size) if part)
+        options = {"sink_tokens": 4, "recent_tokens": 32, "fold_at": "prefill"}
+        others = [f"{name}={getattr(self, name)}" for name, usual in options.items() if getattr(self, name) != usual]
+        return " ".join(part for part in (*stages, self.size, *others) if part)
 
     @property
     def size(self) -> str:

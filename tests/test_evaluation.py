@@ -448,6 +448,7 @@ def test_reports_are_written(tmp_path, small):
         ("--context-length 200 --depth 2", "depth is 2.0; it must be at most 1"),
         ("--examples 0", "examples is 0; it must be at least 1"),
         ("--model no/such/model", "there is no model 'no/such/model'"),
+        ("--haystack README.md", "haystack is given, but the shipped needle model knows a few hundred words"),
         ("--haystack nowhere.txt", "haystack is 'nowhere.txt', and there is no such file"),
         ("--context-length 1000 --tasks facts", "with 256 tokens of facts behind it, is 1256, but .* at most 1024"),
         ("--context-length 32 --tasks facts", "prose takes at least .* tokens, and the context length is 32"),

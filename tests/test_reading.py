@@ -249,10 +249,20 @@ def test_what_cannot_be_filled_or_read_is_refused(tmp_path):
         ValueError, match="the cache looks at hidden states, and none were kept; read with hidden_states=True"
     ):
         reading.fill(MergingDynamicCache(model=network, scorer={"name": "kvzap", "weights": str(tmp_path)}, **WINDOW))
-    with pytest.raises(ValueError, match="there is nothing to read: input_ids is nothing"):
-        Reading(network)
-    with pytest.raises(ValueError, match=r"there is nothing to read: input_ids is a tensor of shape \(1, 0\)"):
-        Reading(network, prompt(0))
+    with pytest.raises(ValueError, match="the cache has 3 layers, and the model that has read 2"):
+        reading.fill(DynamicCache(config=llama(layers=3).config))
+    for nothing in (None, prompt(0)):
+        with pytest.raises(ValueError, match="there is nothing to read: give input_ids of shape"):
+            Reading(network, nothing)
+    for wrong, came in ((prompt(9)[0], r"a tensor of shape \(9,\)"), ([[1, 2]], "list"), ("text", "str")):
+        with pytest.raises(TypeError, match=f"input_ids is {came}; give ids of shape"):
+            Reading(network, wrong)
+    with pytest.raises(TypeError, match="model is str; give a transformers model"):
+        Reading("smollm2", prompt(LENGTH))
+    with pytest.raises(TypeError, match="max_new_tokens is given, but a reading decides that by itself"):
+        Reading(network, prompt(LENGTH), max_new_tokens=5)
+    with pytest.raises(ValueError, match=r"attention_mask is of shape \(1, 3\); it must be \(1, 48\)"):
+        Reading(network, prompt(LENGTH), torch.ones(1, 3))
     with pytest.raises(ValueError, match="the context has 9999 tokens, but LlamaForCausalLM allows at most 512"):
         Reading(network, prompt(9999))
     with pytest.raises(ValueError, match="chunk_size is 0"):
@@ -308,7 +318,9 @@ def test_compare_is_what_each_cache_loses_by_itself(question):
         DynamicCache(config=network.config),
     ]
     found = compare(network, read, configs, question=question, following=follows, progress=False)
-    names = ["full cache", "keydiff auto 50%", "snapkv drop 75%", "keydiff auto 50% fp8", "DynamicCache"]
+    window = " sink_tokens=2 recent_tokens=6"
+    names = ["full cache", f"keydiff auto 50%{window}", f"snapkv drop 75%{window}"]
+    names += [f"keydiff auto 50%{window} fp8", "DynamicCache"]
     assert [one.name for one in found.caches] == names
     full, first, *_, again = found.caches
     assert (again.loss, again.divergence, again.agreement, again.share) == (full.loss, 0, 1, 1)
@@ -333,6 +345,25 @@ def test_compare_is_what_each_cache_loses_by_itself(question):
     assert lines[0] == f"48 tokens read, then {found.predicted} that follow"
     assert len(lines) == 4 + 5
     assert network.config._attn_implementation in ("sdpa", "merging_sdpa")
+
+
+def test_compare_folds_what_would_wait():
+    network, text = llama(), prompt(80)
+    configs = [{"compression_ratio": 0.5, "fold_at": when, **WINDOW} for when in ("prefill", "decode")]
+    found = compare(network, text[:, :60], [*configs, configs[0]], following=text[:, 60:], progress=False)
+    _, one, other, again = found.caches
+    assert (one.loss, one.nbytes) == (other.loss, other.nbytes)
+    assert one.divergence > 0
+    names = ["keydiff auto 50% sink_tokens=2 recent_tokens=6 (1)", "keydiff auto 50% sink_tokens=2 recent_tokens=6 (2)"]
+    assert [one.name, again.name] == names
+    assert other.name.endswith("fold_at=decode")
+    used = MergingDynamicCache(config=network.config)
+    network(text, **cache_argument(used))
+    with pytest.raises(ValueError, match="a MergingDynamicCache to compare is not empty"):
+        compare(network, text[:, :60], [used], following=text[:, 60:], progress=False)
+    network.generation_config.eos_token_id = list(range(97))
+    with pytest.raises(ValueError, match="the full cache answers this prompt with nothing"):
+        compare(network, text, configs, progress=False)
 
 
 def test_compare_takes_the_full_caches_own_answer():

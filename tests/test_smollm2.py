@@ -81,6 +81,10 @@ def test_compare_with_a_real_tokenizer(smollm2, page):
     half, tenth = found.caches[1:]
     assert half.divergence < tenth.divergence
     assert half.share == pytest.approx(0.5, abs=0.03)
+    in_turn = compare(
+        model, [{"role": "user", "content": question.context}], configs, question=question.question, progress=False
+    )
+    assert question.answers[0] in in_turn.answer
     text = tokenizer.decode(tokenizer(question.context).input_ids[:300])
     plain = compare(model, text[:800], configs, following=text[800:], progress=False)
     assert plain.answer is None

@@ -41,5 +41,5 @@ def duration(seconds: float) -> str:
 
 def spread(variants: Sequence[Variant], count: int) -> list[Variant]:
     """`count` of them at most, evenly spread."""
-    step = max(1, len(variants) // count)
-    return list(variants[step // 2 :: step][:count])
+    count = min(count, len(variants))
+    return [variants[int((number + 0.5) * len(variants) / count)] for number in range(count)]

@@ -118,9 +118,12 @@ class Evaluation:
     @property
     def wording(self) -> Wording:
         """The words that the model knows: the needle model's own, or English."""
-        if NeedleWords.are(self.tokenizer.get_vocab()):
-            return NeedleWords()
         config = self.config
+        if NeedleWords.are(self.tokenizer.get_vocab()):
+            given = [name for name in ("haystack", "squad", "hotpotqa") if getattr(config, name)]
+            if given:
+                raise ValueError(f"{given[0]} is given, but {self.name} knows a few hundred words and none of a file's")
+            return NeedleWords()
         files = (Path(file) if file else None for file in (config.squad, config.hotpotqa))
         return English([Path(path) for path in config.haystack], *files)
 

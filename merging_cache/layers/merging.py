@@ -254,6 +254,11 @@ class MergingLayer(StoredLayer):
         self._observed.settle(self._shared.fold, slots)
         self.tally = Tally.after(self.tally, slots)
 
+    def fold(self) -> None:
+        """Fold now, if that is due."""
+        self._miss_attention()
+        self._fold_if_due()
+
     def finish(self) -> None:
         """Fold if that is due, since only single tokens follow, and check that they need nothing but keys and values.
 
@@ -261,8 +266,7 @@ class MergingLayer(StoredLayer):
             ValueError: for an empty layer, one that records the past, or slots that only the linked attention can read.
         """
         self.guards.check_fixable(is_empty=not self.num_stored, records=self.record_past)
-        self._miss_attention()
-        self._fold_if_due()
+        self.fold()
         self.guards.check_plain(self._has_fitted_slots)
 
     def release(self) -> None:

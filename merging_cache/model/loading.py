@@ -105,16 +105,20 @@ def load_model(name: str | Path, **options: Any) -> LoadedModel:
     Example:
         >>> from merging_cache import load_model
         >>> model, tokenizer = load_model("smollm2")  # doctest: +SKIP
-        >>> prompt = tokenizer.apply_chat_template(
-        ...     [{"role": "user", "content": "What is a cache?"}], add_generation_prompt=True, return_tensors="pt")
-        ... # doctest: +SKIP
+        >>> asked = [{"role": "user", "content": "What is a cache?"}]
+        >>> options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        >>> inputs = tokenizer.apply_chat_template(asked, **options)  # doctest: +SKIP
+        >>> output = model.generate(**inputs, max_new_tokens=50)  # doctest: +SKIP
     """
     folder = model_folder(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(folder, **{"dtype": "auto"} | options)
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{name!r} could not be loaded, neither as a folder nor from the hub: {error}") from error
+        raise ValueError(
+            f"{name!r} could not be loaded, neither as a folder nor from the hub (packages ship "
+            f"{' and '.join(SHIPPED_MODELS)}): {error}"
+        ) from error
     return LoadedModel(model.eval(), tokenizer)
 
 

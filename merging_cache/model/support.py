@@ -6,7 +6,7 @@ Goes by what a config tells; knows nothing of layers.
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 # DiffLlama pairs each head's keys with another's values; Doge masks tokens by all heads' values together
 MIXES_HEADS = ("diffllama", "doge")
@@ -92,3 +92,14 @@ def check_supported(
             "fold that waits for the first single token, and without the mass of slots or the gaps of heads that "
             "differ. Use fold_at='prefill', budget='uniform' and a merger without mass, such as 'drop' or 'similarity'"
         )
+
+
+def config_of(config: PreTrainedConfig | None, model: PreTrainedModel | None) -> PreTrainedConfig | None:
+    """The config to build a cache for, from whichever was given."""
+    if model is None:
+        return config
+    if not hasattr(model, "config"):
+        raise TypeError(f"model is {type(model).__name__}; give a transformers model, such as AutoModelForCausalLM's")
+    if config is not None and config is not model.config:
+        raise ValueError("config and model are both given, but config is not model.config; leave config out")
+    return model.config

@@ -1,7 +1,7 @@
 """compare: what each of several caches would lose on a prompt of one's own."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class ComparedCache:
         agreement: at how many of the tokens its likeliest one is the full cache's, as a share.
         nbytes: bytes that it holds after the prompt.
         share: the same as a share of the full cache's.
-        fold_seconds: what scoring, choosing and merging took, on top of the prefill.
+        fold_seconds: what filling the cache took, scoring, choosing and merging included, on top of the prefill.
     """
 
     name: str
@@ -94,7 +94,8 @@ def compare(
         prompt: a text, the messages of a conversation (which go through the tokenizer's chat template), or ids
             `[1, L]`: what a cache reads and folds.
         configs: how to fold: what `MergingDynamicCache(merging=...)` takes, or empty caches of any kind.
-        question: more of the prompt, which is read after the fold; by default nothing is.
+        question: more of the prompt, which is read after the fold; by default nothing is. That of a conversation is the
+            end of its last message.
         following: the text whose loss is taken; by default the answer that the full cache generates.
         tokenizer: the model's; by default it is loaded from where the model came from.
         max_new_tokens: how long that answer may be.
@@ -124,9 +125,14 @@ def compare(
     for one in configs:  # what is wrong is said before anything is read
         if not isinstance(one, Cache):
             release(make_cache(model, one))
+        elif one.get_seq_length():
+            raise ValueError(f"a {type(one).__name__} to compare is not empty; give new ones, or call reset() before")
     tokens = Tokens(model, tokenizer)
-    prompt_ids = tokens.of(prompt, "prompt", begins=True)
-    asked = [] if question is None else tokens.of(question, "question")[0].tolist()
+    if isinstance(question, str) and is_conversation(prompt):
+        prompt_ids, asked = tokens.asked_within(prompt, question)
+    else:
+        prompt_ids = tokens.of(prompt, "prompt", begins=True)
+        asked = [] if question is None else tokens.of(question, "question")[0].tolist()
     steps = tqdm(total=len(configs) + 2, desc="comparing", unit="cache", disable=not progress)
     with steps:
         reading = Reading(model, prompt_ids.to(model.device), chunk_size=chunk_size, progress=False)
@@ -152,6 +158,8 @@ def compare(
             cache = make_cache(model, one)
             started = clock(model.device)
             reading.fill(cache)
+            if isinstance(cache, MergingDynamicCache):
+                cache.fold()  # one that would wait for the first single token would be measured unfolded
             seconds = clock(model.device) - started
             (found,) = predict(model, cache, [wanted])
             nbytes = report_layers(cache.layers).total.bytes_now
@@ -160,6 +168,10 @@ def compare(
             rows.append(ComparedCache(name_of(cache), *losses, same, nbytes, nbytes / full_bytes, seconds))
             release(cache)
             steps.update()
+    names = [row.name for row in rows]
+    for number, name in enumerate(names):
+        if names.count(name) > 1:  # options that are not in it, or config= beside model=
+            rows[number] = replace(rows[number], name=f"{name} ({names[: number + 1].count(name)})")
     return Comparison(tuple(rows), prompt_ids.shape[1], len(follows), answer)
 
 
@@ -183,6 +195,9 @@ def name_of(cache: Cache) -> str:
 def generate(model: PreTrainedModel, reading: Reading, prompt: Tensor, asked: list[int], most: int) -> list[int]:
     """What the model greedily answers with the full cache, to the prompt or to what is asked behind it."""
     first = [] if asked else [int(reading.logits[0].argmax())]  # it comes of the prefill
+    ends = model.generation_config.eos_token_id
+    if first and first[0] in (ends if isinstance(ends, list) else [ends]):
+        raise ValueError("the full cache answers this prompt with nothing; give the text that is to follow")
     ids = torch.cat([prompt, torch.tensor([asked or first], dtype=prompt.dtype)], dim=1).to(model.device)
     pad = model.generation_config.pad_token_id
     output = model.generate(
@@ -194,6 +209,11 @@ def generate(model: PreTrainedModel, reading: Reading, prompt: Tensor, asked: li
         **cache_argument(reading.fill(DynamicCache(config=model.config))),
     )
     return first + output[0, ids.shape[1] :].tolist()
+
+
+def is_conversation(given: Any) -> bool:
+    """Whether something is the messages of a conversation."""
+    return isinstance(given, list | tuple) and bool(given) and all(isinstance(one, Mapping) for one in given)
 
 
 class Tokens:
@@ -230,7 +250,7 @@ class Tokens:
         """`[1, L]`; with the special tokens that a text begins with if it `begins`."""
         if isinstance(given, str):
             ids = self.tokenizer(given, add_special_tokens=begins, return_tensors="pt").input_ids.long()
-        elif begins and isinstance(given, Sequence) and given and all(isinstance(one, Mapping) for one in given):
+        elif begins and is_conversation(given):
             ids = self.tokenizer.apply_chat_template(
                 list(given), add_generation_prompt=True, return_tensors="pt", return_dict=True
             )["input_ids"]
@@ -244,6 +264,20 @@ class Tokens:
         if not ids.shape[1]:
             raise ValueError(f"{what} is empty: {given!r} has no token")
         return ids
+
+    def asked_within(self, messages: Sequence[Mapping[str, str]], question: str) -> tuple[Tensor, list[int]]:
+        """The ids `[1, L]` of a conversation up to the end of its last message, and of what comes after them.
+
+        The question belongs to that message, so the template goes on behind it.
+        """
+        mark = "[question]"  # templates may strip what they are given of white space
+        *before, last = messages
+        said = self.tokenizer.apply_chat_template(
+            [*before, {**last, "content": last["content"] + mark}], add_generation_prompt=True, tokenize=False
+        )
+        context, after = said.rsplit(mark, 1)
+        encoded = [self.tokenizer(text, add_special_tokens=False).input_ids for text in (context, question + after)]
+        return torch.tensor([encoded[0]]), encoded[1]
 
     def decoded(self, ids: list[int]) -> str:
         """As text, or as the ids where there is no tokenizer."""

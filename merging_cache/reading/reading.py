@@ -1,18 +1,20 @@
 """Reading: one pass of a model over a context, kept, from which many caches can be filled."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from ..cache import MergingDynamicCache
 from ..model import cache_argument, settings
 from ..stage import check_number
 from .recording import RecordingCache
 
+RESERVED = {"cache", "past_key_values", "generation_config", "max_new_tokens", "do_sample", "use_cache"}
 SHOWN_FROM = 4096  # tokens from which reading takes long enough for a progress bar
 
 
@@ -26,7 +28,7 @@ class Reading:
 
     Args:
         model: a causal language model. It is linked (see `merging_attention`) while it reads, where it can be.
-        input_ids: `[B, L]`; or, by name, whatever else `model.generate` takes for a prompt.
+        input_ids: `[B, L]`, or all that the tokenizer gives; or by name what else `model.generate` takes for a prompt.
         attention_mask: `[B, L]`, 0 where a row is padded (on the left).
         chunk_size: read so many tokens at a time, which takes less memory for activations and gives the same up to
             rounding; all at once by default.
@@ -37,11 +39,12 @@ class Reading:
     Attributes:
         logits: `[B, vocabulary]`, those of the token that follows.
         num_tokens: L.
+        attention_mask: as it was given.
         seconds: how long it took.
 
     Raises:
-        ValueError: for a context that is empty, or longer than the model allows.
-        TypeError: where `generate` knows nothing of the inputs.
+        ValueError: for a context that is empty, or longer than the model allows, and for what `generate` refuses.
+        TypeError: for ids of another kind.
 
     Example:
         >>> import torch
@@ -70,12 +73,25 @@ class Reading:
     ) -> None:
         if chunk_size is not None:
             check_number("chunk_size", chunk_size, int, minimum=1)
-        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        states = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        if states is None or states.dim() < 2 or not states.shape[1]:
-            came = "nothing" if states is None else f"a tensor of shape {tuple(states.shape)}"
-            raise ValueError(f"there is nothing to read: input_ids is {came}; give ids of shape (batch, tokens)")
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"model is {type(model).__name__}; give a transformers model, such as AutoModelForCausalLM's"
+            )
+        if isinstance(input_ids, Mapping):  # what a tokenizer gives
+            inputs, input_ids = {**input_ids, **inputs}, None
+        inputs |= {"input_ids": input_ids} if input_ids is not None else {}
+        inputs |= {"attention_mask": attention_mask} if attention_mask is not None else {}
+        for name in inputs.keys() & RESERVED:
+            raise TypeError(f"{name} is given, but a reading decides that by itself; leave it out")
+        states, attention_mask = inputs.get("input_ids", inputs.get("inputs_embeds")), inputs.get("attention_mask")
+        if not isinstance(states, Tensor | None) or (states is not None and states.dim() < 2):
+            came = f"a tensor of shape {tuple(states.shape)}" if isinstance(states, Tensor) else type(states).__name__
+            raise TypeError(f"input_ids is {came}; give ids of shape (batch, tokens), or what the tokenizer gives")
+        if states is None or not states.shape[1]:
+            raise ValueError("there is nothing to read: give input_ids of shape (batch, tokens)")
+        if attention_mask is not None and attention_mask.shape != states.shape[:2]:
+            came, wanted = tuple(attention_mask.shape), tuple(states.shape[:2])
+            raise ValueError(f"attention_mask is of shape {came}; it must be {wanted}, as the tokens")
         self.model = model
         self.num_tokens = states.shape[1]
         self._keeps_hidden_states = hidden_states
@@ -129,7 +145,7 @@ class Reading:
         """
         if not isinstance(cache, Cache) or not hasattr(cache, "layers"):
             raise TypeError(f"cache is {type(cache).__name__}; give a cache of transformers that has layers")
-        if any(isinstance(layer, DynamicLayer) and layer.get_seq_length() for layer in cache.layers):
+        if any(isinstance(layer, CacheLayerMixin) and layer.get_seq_length() for layer in cache.layers):
             raise ValueError("the cache is not empty: a reading fills a new one (or call cache.reset() before)")
         if isinstance(cache, MergingDynamicCache):
             if not cache.is_of(self.model):

@@ -107,6 +107,7 @@ class RecordingCache(MergingDynamicCache):
     def __init__(self, model: PreTrainedModel, hidden_states: bool = True) -> None:
         self._keeps_hidden_states = hidden_states
         super().__init__(model=model, compression_ratio=0)
+        self._num_layers = len(self.layers)  # a model may add copies
         if hidden_states:
             self._shared.link.watch_hidden_states()
 
@@ -141,6 +142,10 @@ class RecordingCache(MergingDynamicCache):
     def fill(self, cache: Cache) -> None:
         """Give an empty cache what a pass over the same context would have given it."""
         grows = getattr(cache, "layer_class_to_replicate", None) is not None
+        if not grows and len(cache.layers) != self._num_layers:
+            raise ValueError(
+                f"the cache has {len(cache.layers)} layers, and the model that has read {self._num_layers}"
+            )
         for layer in [] if grows else self.layers[len(cache.layers) :]:  # copies that a model made, as it makes them
             cache.layers.append(copy.deepcopy(cache.layers[layer.layer_idx] if is_recording(layer) else layer))
         for index, layer in enumerate(self.layers):
