@@ -73,7 +73,6 @@ def build_variants(model, tokens: int, options: argparse.Namespace) -> list[Vari
     for ratio in options.ratios:
         slots = int(tokens * (1 - ratio))
         merging = Variant(f"{options.merger}, {ratio:.0%} evicted", cache_for(merger=options.merger, max_tokens=slots))
-        # an eighth more or less tells how many bytes a slot takes, so that dropping may have as many
         more = same_bytes(model, tokens, cache_for, merging, slots)
         variants += [
             Variant(f"drop, {1 - more / tokens:.0%} evicted", cache_for(merger="drop", max_tokens=more)),

@@ -1,6 +1,7 @@
 """Settings and fixtures of the whole suite."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of what tests start; workers run side by side, a thread each
@@ -30,3 +31,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of weights for the scorers that learn, by their names, as the tiny Llama needs them."""
+    from test_query_scorers import gate_weights, kvzap_weights
+
+    folder = tmp_path_factory.mktemp("weights")
+    kvzap_weights(folder / "kvzap", "mlp")
+    gate_weights(folder / "fast_kvzip")
+    return folder

@@ -9,7 +9,6 @@ import torch
 from merging_cache import BUDGETS, MERGERS, SCORERS, MergingDynamicCache, MergingQuantizedCache
 from merging_cache.model import cache_argument
 from models import greedy, left_padded, llama, prompt, run_by_hand, score_by_hand
-from test_query_scorers import gate_weights, kvzap_weights
 
 LENGTHS = [44, 26]
 MAX_TOKENS = 16
@@ -26,14 +25,6 @@ SPECS = {
 }
 # where the scores of a scorer lie, so that a threshold keeps some tokens and evicts others
 THRESHOLDS = {"keydiff": -0.6, "knorm": -3.5, "streaming_llm": 0.5, "lagkv": 0.5, "random": 0.5, "value_norm": 3.0}
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    kvzap_weights(folder / "kvzap", "mlp")
-    gate_weights(folder / "fast_kvzip")
-    return folder
 
 
 @functools.cache

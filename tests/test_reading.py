@@ -20,19 +20,11 @@ from merging_cache.model import cache_argument
 from merging_cache.reading import Continuation, agrees, divergence, loss, predict
 from models import CACHES, WINDOW, greedy, left_padded, llama, prompt, tiny_model
 from test_product import LENGTHS, model, options
-from test_query_scorers import gate_weights, kvzap_weights
+from test_query_scorers import kvzap_weights
 
 pytestmark = pytest.mark.core
 
 LENGTH = 48
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights")
-    kvzap_weights(folder / "kvzap", "mlp")
-    gate_weights(folder / "fast_kvzip")
-    return folder
 
 
 def prefilled(made, network, inputs):

@@ -16,13 +16,13 @@ from ..cache import MergingDynamicCache, MergingQuantizedCache
 from ..config import MergingConfig, build_config, read_options
 from ..mergers import MERGERS, QUERY_SOURCES
 from ..model import SHIPPED_MODELS
+from ..reading import FULL
 from ..scorers import SCORERS
 from ..stage import Spec, check_choice, check_number, check_options, option, summarize_stage
 from ..storage import make_backend
 from .results import key_of
 from .tasks import TASKS
 
-FULL = "full cache"
 DENSE = "none"
 
 
@@ -83,7 +83,7 @@ class Variant:
         """How much is evicted, as people say it; nothing where that is up to the scores."""
         if self.compression_ratio is None and self.max_tokens is None:
             return ""
-        return f"{100 * self.compression_ratio:g}%" if self.max_tokens is None else f"{self.max_tokens} tokens"
+        return self.merging.size
 
     @property
     def how(self) -> dict[str, str]:

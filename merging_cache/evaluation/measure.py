@@ -1,7 +1,7 @@
 """Measures one cache after another on contexts that were read once: what is answered, how surely, and what it costs."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -196,7 +196,7 @@ class Questioned:
     ids: Tensor
     mask: Tensor
     reading: Reading
-    full: dict[int, list[Tensor]] = field(default_factory=dict)  # what the full cache predicts, by item
+    full: list[list[Tensor]] | None = None  # what the full cache predicts, once it was asked
 
     def measure(self, variant: Variant) -> Iterator[tuple[Item, dict[str, Any]]]:
         """What was measured of each item with a cache.
@@ -205,26 +205,40 @@ class Questioned:
         log-likelihood of the reference answers, and `kl`, the mean divergence of the distributions at its tokens from
         the full cache's, both in nats for a token, questions counting alike; and what the cache cost.
         """
-        if not variant.is_full and not self.full:
-            list(self.measure(Variant()))
+        cache, seconds = self._fill(variant)
+        costs = self._costs(cache, seconds)
+        generated = self._generate(cache) if self.measurer.generates else {}
+        predicted = self._predict(cache)
+        if variant.is_full:
+            self.full = predicted
+        elif self.full is None:  # of a run that goes on, or a rehearsal
+            self.full = self._predict(self._fill(Variant())[0])
+        for number, (item, mine, full) in enumerate(zip(self.batch.items, predicted, self.full, strict=True)):
+            answers = [one.answer for one in item.encoded]
+            measured = {
+                "score": mean([float(agrees(*pair)) for pair in zip(mine, answers, strict=True)]),
+                "loss": mean([loss(*pair) for pair in zip(mine, answers, strict=True)]),
+                "kl": mean([divergence(*pair) for pair in zip(mine, full, strict=True)]),
+            }
+            yield item, measured | generated.get(number, {}) | costs
+        release(cache)
+
+    def _fill(self, variant: Variant) -> tuple[Cache, float]:
+        """A cache that has read the contexts, and the seconds that filling it took."""
         model = self.measurer.model
         cache = DynamicCache(config=model.config) if variant.is_full else variant.make_cache(model)
         started = clock(model.device)
         self.reading.fill(cache)
-        costs = self._costs(cache, clock(model.device) - started)
-        generated = self._generate(cache) if self.measurer.generates else {}
-        for number, item in enumerate(self.batch.items):
-            asked = [
-                Continuation(one.asked, one.answer, self.batch.rows.index(tuple(one.read))) for one in item.encoded
-            ]
-            predicted = predict(model, cache, asked, self.mask, len(self.ids))
-            full = self.full.setdefault(number, predicted) if variant.is_full else self.full[number]
-            right = [float(agrees(mine, one.predicted)) for mine, one in zip(predicted, asked, strict=True)]
-            losses = [loss(mine, one.predicted) for mine, one in zip(predicted, asked, strict=True)]
-            divergences = [divergence(mine, other) for mine, other in zip(predicted, full, strict=True)]
-            measured = {"score": mean(right), "loss": mean(losses), "kl": mean(divergences)}
-            yield item, measured | generated.get(number, {}) | costs
-        release(cache)
+        return cache, clock(model.device) - started
+
+    def _predict(self, cache: Cache) -> list[list[Tensor]]:
+        """What a cache predicts at the tokens of each item's answers, see `predict`."""
+        rows = self.batch.rows
+        asked = (
+            [Continuation(one.asked, one.answer, rows.index(tuple(one.read))) for one in item.encoded]
+            for item in self.batch.items
+        )
+        return [predict(self.measurer.model, cache, one, self.mask, len(self.ids)) for one in asked]
 
     def _costs(self, cache: Cache, fold_seconds: float) -> dict[str, float]:
         report, rows = report_layers(cache.layers), len(self.batch.rows)

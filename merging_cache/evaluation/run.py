@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..model import model_folder, settings
+from ..model import model_folder, most_positions
 from ..reading import clock
 from .config import EvaluationConfig, Variant, fingerprint
 from .cores import Cores
@@ -82,8 +82,7 @@ class Evaluation:
             raise ValueError(
                 f"there is no model {self._path!r}, neither as a folder nor on the hub: {error}"
             ) from error
-        known = [most for most in settings(model_config, "max_position_embeddings") if most is not None]
-        self._most = min(known, default=None)
+        self._most = most_positions(model_config)
         for length in config.lengths:
             self._check_length(length, "context_length")
         chat = bool(self.tokenizer.chat_template) if config.chat is None else config.chat
@@ -230,9 +229,7 @@ class Evaluation:
         model, batch = self._measurer.model, self.batches[min(missing)]
         item = batch.items[0]
         few = [replace(one, read=one.read[:REHEARSED]) for one in item.encoded[:1]]
-        short = Batch(
-            list({tuple(one.read): None for one in few}), [replace(item, encoded=few, examples=item.examples[:1])]
-        )
+        short = Batch([tuple(few[0].read)], [replace(item, encoded=few, examples=item.examples[:1])])
         questioned = Measurer(model, self.encoder, generates=False).read(short)
         for variant in kinds.values():
             list(questioned.measure(variant))
@@ -247,9 +244,9 @@ class Evaluation:
         total = sum(map(len, missing.values()))
         with tqdm(total=total, unit="cache", desc="measuring", disable=quiet or not total) as bar:
             seconds = Seconds()
-            for numbers in self._rounds(missing):
-                self._measure(numbers, {number: spread(missing[number], TIMED) for number in numbers}, seconds, bar)
-                break
+            if missing:
+                first = next(self._rounds(missing))
+                self._measure(first, {number: spread(missing[number], TIMED) for number in first}, seconds, bar)
             left = self._missing_for_all() if missing else {}
             if left and not quiet:
                 bar.write(self.plan(left, seconds), file=sys.stderr)

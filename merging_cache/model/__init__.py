@@ -5,7 +5,7 @@ from .calling import CACHE_ARGUMENT, cache_argument
 from .link import Link, can_link, linked_model, merging_attention
 from .loading import SHIPPED_MODELS, LoadedModel, load_model, model_folder
 from .rotary import Rotary, rotary_of
-from .support import check_supported, config_of, reads_stored_keys, settings, takes_masks
+from .support import check_supported, config_of, most_positions, reads_stored_keys, settings, takes_masks
 
 __all__ = [
     "CACHE_ARGUMENT",
@@ -23,6 +23,7 @@ __all__ = [
     "load_model",
     "merging_attention",
     "model_folder",
+    "most_positions",
     "reads_stored_keys",
     "rotary_of",
     "settings",

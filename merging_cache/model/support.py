@@ -25,6 +25,11 @@ def settings(config: PreTrainedConfig, name: str, layers: Iterable[int] | None =
     return [getattr(of_layers[layer], name, None) for layer in (range(len(of_layers)) if layers is None else layers)]
 
 
+def most_positions(config: PreTrainedConfig) -> int | None:
+    """How many tokens the model has positions for; `None` where its config does not say."""
+    return min((most for most in settings(config, "max_position_embeddings") if most is not None), default=None)
+
+
 def takes_masks(config: PreTrainedConfig) -> bool:
     """Whether the link can fit masks to this model's slots, so that they may have mass and heads may differ."""
     return config.model_type not in REPEATS_HEADS and not reads_stored_keys(config)

@@ -1,10 +1,11 @@
 """Reading a context once and filling many caches from it, and what each of them then loses."""
 
-from .compare import ComparedCache, Comparison, compare
+from .compare import FULL, ComparedCache, Comparison, compare
 from .continuation import Continuation, agrees, divergence, loss, predict, release, rows_of
 from .reading import Reading, check_length, clock
 
 __all__ = [
+    "FULL",
     "ComparedCache",
     "Comparison",
     "Continuation",

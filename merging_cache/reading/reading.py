@@ -10,7 +10,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from ..cache import MergingDynamicCache
-from ..model import cache_argument, settings
+from ..model import cache_argument, most_positions
 from ..stage import check_number
 from .recording import RecordingCache
 
@@ -94,7 +94,6 @@ class Reading:
             raise ValueError(f"attention_mask is of shape {came}; it must be {wanted}, as the tokens")
         self.model = model
         self.num_tokens = states.shape[1]
-        self._keeps_hidden_states = hidden_states
         self.attention_mask = attention_mask
         check_length(model, self.num_tokens)
         self._recorded = RecordingCache(model, hidden_states)
@@ -151,7 +150,7 @@ class Reading:
             if not cache.is_of(self.model):
                 name = type(self.model).__name__
                 raise ValueError(f"the cache was made for another model than the {name} that has read")
-            if cache.needs_hidden_states and not self._keeps_hidden_states:
+            if cache.needs_hidden_states and not self._recorded.keeps_hidden_states:
                 raise ValueError("the cache looks at hidden states, and none were kept; read with hidden_states=True")
         self._recorded.fill(cache)
         return cache
@@ -159,8 +158,7 @@ class Reading:
 
 def check_length(model: PreTrainedModel, length: int) -> None:
     """Refuse more tokens than the model has positions for."""
-    known = settings(model.config.get_text_config(decoder=True), "max_position_embeddings")
-    most = min((most for most in known if most is not None), default=None)
+    most = most_positions(model.config.get_text_config(decoder=True))
     if most is not None and length > most:
         raise ValueError(f"the context has {length} tokens, but {type(model).__name__} allows at most {most}")
 

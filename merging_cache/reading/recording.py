@@ -105,7 +105,7 @@ class RecordingCache(MergingDynamicCache):
     """
 
     def __init__(self, model: PreTrainedModel, hidden_states: bool = True) -> None:
-        self._keeps_hidden_states = hidden_states
+        self.keeps_hidden_states = hidden_states
         super().__init__(model=model, compression_ratio=0)
         self._num_layers = len(self.layers)  # a model may add copies
         if hidden_states:
@@ -116,7 +116,7 @@ class RecordingCache(MergingDynamicCache):
             made = RecordingHybridLayer(self._shared, index, rank, number_of_states=layer.number_of_states)
         else:
             made = RecordingLayer(self._shared, index, rank)
-        made.keeps_hidden_states = self._keeps_hidden_states
+        made.keeps_hidden_states = self.keeps_hidden_states
         return made
 
     @contextmanager
