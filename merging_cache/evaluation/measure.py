@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..model import cache_argument
-from ..reading import Continuation, Reading, agrees, clock, divergence, loss, predict, release, rows_of
+from ..reading import Continuation, Reading, agrees, around_question, clock, divergence, loss, predict, release, rows_of
 from ..report import report_layers
 from .config import Variant
 from .example import Example
@@ -48,14 +48,8 @@ class Encoder:
     def __call__(self, example: Example) -> Encoded:
         context, question = example.context, example.question or ""
         if self.chat:
-            mark = "[question]"  # templates may strip what they are given of white space
-            said = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": context + mark}],
-                add_generation_prompt=True,
-                tokenize=False,
-                enable_thinking=False,
-            )
-            context, after = said.rsplit(mark, 1)
+            message = {"role": "user", "content": context}
+            context, after = around_question(self.tokenizer, [message], enable_thinking=False)
             question += "" if example.question is None else after
         read = ([] if self.chat else self.beginning) + self.tokens(context)
         asked = self.tokens(question + example.answer_prefix)

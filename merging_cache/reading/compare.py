@@ -216,6 +216,18 @@ def is_conversation(given: Any) -> bool:
     return isinstance(given, list | tuple) and bool(given) and all(isinstance(one, Mapping) for one in given)
 
 
+def around_question(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], **options: Any
+) -> tuple[str, str]:
+    """What a chat template says up to where a question goes on, the end of the last message, and what comes after it."""
+    mark = "[question]"  # templates may strip what they are given of white space
+    *before, last = messages
+    marked = [*before, {**last, "content": last["content"] + mark}]
+    said = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False, **options)
+    context, after = said.rsplit(mark, 1)
+    return context, after
+
+
 class Tokens:
     """Turns what a user gives into ids.
 
@@ -270,12 +282,7 @@ class Tokens:
 
         The question belongs to that message, so the template goes on behind it.
         """
-        mark = "[question]"  # templates may strip what they are given of white space
-        *before, last = messages
-        said = self.tokenizer.apply_chat_template(
-            [*before, {**last, "content": last["content"] + mark}], add_generation_prompt=True, tokenize=False
-        )
-        context, after = said.rsplit(mark, 1)
+        context, after = around_question(self.tokenizer, messages)
         encoded = [self.tokenizer(text, add_special_tokens=False).input_ids for text in (context, question + after)]
         return torch.tensor([encoded[0]]), encoded[1]
 
