@@ -219,7 +219,7 @@ def is_conversation(given: Any) -> bool:
 def around_question(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], **options: Any
 ) -> tuple[str, str]:
-    """What a chat template says up to where a question goes on, the end of the last message, and what comes after it."""
+    """What a chat template says up to the end of the last message, where a question goes on, and what follows it."""
     mark = "[question]"  # templates may strip what they are given of white space
     *before, last = messages
     marked = [*before, {**last, "content": last["content"] + mark}]
