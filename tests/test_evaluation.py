@@ -28,7 +28,7 @@ from merging_cache.evaluation.metrics import (
     string_match_part,
 )
 from merging_cache.evaluation.needle_words import NeedleWords, count_words
-from merging_cache.evaluation.plots import against_bytes
+from merging_cache.evaluation.plots import against_bytes, by_merger
 from merging_cache.evaluation.results import Results
 from merging_cache.evaluation.ruler import fit
 from merging_cache.evaluation.run import shipped_model
@@ -380,6 +380,57 @@ def test_a_summary_by_hand():
     assert row[8:13] == ["40", "0.40", "1.500", "2.000", "3.000"]
     assert "| knorm similarity 50% | 0.67 | 0.33 |" in lines
     assert "| knorm similarity 50% | 1.33 | 1.67 |" in lines
+
+
+def test_a_large_sweep_is_summed_up():
+    """Rows are left to the caches that win at their bytes; the others stand in a table by merger, and as dots."""
+    sizes, mergers = (0.25, 0.5, 0.75), ("drop", "mass", "count")
+    variants = [Variant()] + [
+        Variant({"name": "random", "seed": seed}, merger=merger, compression_ratio=size)
+        for size in sizes
+        for seed in range(15)
+        for merger in mergers
+    ]
+    results, cells, losses = Results(None, {}), [], {}
+    for variant in variants:
+        seed = 0 if variant.is_full else variant.scorer["seed"]
+        share = 1 if variant.is_full else 1 - variant.compression_ratio
+        losses[variant.label] = 1.0 if variant.is_full else 1 + variant.compression_ratio + seed / 8
+        losses[variant.label] += {"mass": -0.25, "count": 5.0}.get(variant.merger, 0.0)
+        costs = {"bytes": 1000 * share, "reading_seconds": 1.0, "fold_seconds": 1.0, "merged": 0.0, "dropped": 0.0}
+        for task in ("facts", "following"):
+            cells.append({"task": task, "context_length": 99, "variant": variant.to_dict()})
+            results.add(cells[-1], 0, {"score": 0.5, "loss": losses[variant.label], "kl": 0.0, **costs})
+    summary = Summary(results, cells)
+    best = [row.variant.label for row in summary.best(["facts", "following"], 99)]
+    # at a quarter evicted one loses as little as the full cache
+    assert best == [f"random(seed=0) mass {size:.0%}" for size in sizes]
+    assert all(losses[label] == 0.75 + size for label, size in zip(best, sizes, strict=True))
+    lines = markdown(summary).splitlines()
+    assert lines[0] == (
+        "### 2 tasks of 99 tokens, 1 example of each; of 136 caches those than which none loses less with as many "
+        "bytes or fewer"
+    )
+    assert sum(line.startswith("| random(seed=0) mass 50% |") for line in lines) == 3
+    assert not any(line.startswith("| random(seed=1) mass") for line in lines)
+    title = "### 75% evicted: loss added to the full cache's by merger, 99 tokens (bold: the least)"
+    after = lines[lines.index(title) + 2 :]
+    assert after[:4] == [
+        "|  | drop | mass | count |",
+        "|---|---|---|---|",
+        "| random(seed=0) | +0.75 | **+0.50** | +5.75 |",
+        "| random(seed=1) | +0.88 | **+0.62** | +5.88 |",
+    ]
+    (panel,) = against_bytes(summary, 99, "loss").axes
+    dots, line = (one for one in panel.get_lines() if len(one.get_xdata()) > 1 and one.get_linestyle() != ":")
+    assert len(dots.get_xdata()) == 135
+    assert list(line.get_xdata()) == [0.75, 0.5, 0.25]
+    assert panel.get_ylim()[1] < max(losses.values())  # what fails by far does not press the others together
+    panels = by_merger(summary, 99, "loss").axes
+    assert [panel.get_title() for panel in panels] == ["25% evicted", "50% evicted", "75% evicted"]
+    numbers = [text for text in panels[2].texts if text.get_fontweight() == "bold"]
+    assert [text.get_text() for text in numbers] == ["+0.50"]
+    assert len(panels[2].texts) == 45
 
 
 def test_a_stopped_sweep_compares_what_all_caches_were_measured_on():

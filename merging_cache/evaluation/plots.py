@@ -1,6 +1,7 @@
-"""Pictures: scores against bytes, and what merging gains task by task. Needs matplotlib."""
+"""Pictures: scores against bytes, what merging gains task by task, and every way to choose with every merger."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,17 @@ from torch import Tensor
 
 from ..report import new_figure
 from .config import Variant
-from .summary import Summary
+from .summary import Row, Summary
 
 MOST_IN_LEGEND = 40  # lines of a picture that can still be told apart by a list
 MOST_ROWS = 200  # of a heat map
+SHOWN = 0.9  # share of the numbers that a picture's scale has room for: some mergers fail by far
 
 
 def heat_map(
     panel: Any,
     table: Tensor,
-    is_sure: Tensor,
+    is_bold: Tensor,
     rows: Sequence[str],
     columns: Sequence[str],
     *,
@@ -27,11 +29,13 @@ def heat_map(
     colours: str = "RdBu",
     number: str = "+.2f",
 ) -> None:
-    """Numbers `[rows, columns]` on colours that saturate at `-limit` and `limit`; bold where `is_sure`."""
+    """Numbers `[rows, columns]`, NaN for none, on colours that saturate at `-limit` and `limit`; some are bold."""
     panel.imshow(table.numpy(), cmap=colours, vmin=-limit, vmax=limit, aspect="auto")
     for row, column in itertools.product(range(len(rows)), range(len(columns))):
         value = table[row, column].item()
-        weight = "bold" if is_sure[row, column] else "normal"
+        if math.isnan(value):
+            continue
+        weight = "bold" if is_bold[row, column] else "normal"
         colour = "white" if abs(value) > 0.7 * limit else "black"
         style = {"ha": "center", "va": "center", "fontsize": 7, "fontweight": weight, "color": colour}
         panel.text(column, row, format(value, number), **style)
@@ -60,8 +64,26 @@ def against_bytes(summary: Summary, length: int, name: str) -> Any:
         else:
             how = row.variant.how
             families.setdefault(" ".join(v for k, v in how.items() if v and k != "size"), []).append(row)
-    hues = list(dict.fromkeys(hue_of(row.variant) for row in rows if not row.variant.is_full))
-    mergers = list(dict.fromkeys(row.variant.how["merger"] for row in rows if not row.variant.is_full))
+    if len(families) <= MOST_IN_LEGEND:
+        draw_families(panel, families, name)
+        panel.legend(fontsize=7)
+    else:
+        draw_best(panel, rows, summary.best(summary.tasks[length], length), name)
+    panel.set_xlabel("bytes of the cache, as a share of the full cache's")
+    panel.set_ylabel(MEASURES[name][0])
+    panel.set_title(
+        f"{', '.join(summary.tasks[length][:4])}{' …' * (len(summary.tasks[length]) > 4)}: {length:,} tokens",
+        fontsize=10,
+    )
+    panel.grid(alpha=0.3)
+    return figure
+
+
+def draw_families(panel: Any, families: dict[str, list[Row]], name: str) -> None:
+    """A line for each way to choose and merge, over its sizes."""
+    variants = [row.variant for members in families.values() for row in members]
+    hues = list(dict.fromkeys(hue_of(variant) for variant in variants))
+    mergers = list(dict.fromkeys(variant.how["merger"] for variant in variants))
     for label, members in families.items():
         members.sort(key=lambda row: row.share)
         how = members[0].variant.how
@@ -74,16 +96,20 @@ def against_bytes(summary: Summary, length: int, name: str) -> Any:
             markersize=5,
             label=label,
         )
-    panel.set_xlabel("bytes of the cache, as a share of the full cache's")
-    panel.set_ylabel(MEASURES[name][0])
-    panel.set_title(
-        f"{', '.join(summary.tasks[length][:4])}{' …' * (len(summary.tasks[length]) > 4)}: {length:,} tokens",
-        fontsize=10,
-    )
-    panel.grid(alpha=0.3)
-    if len(families) <= MOST_IN_LEGEND:
-        panel.legend(fontsize=7)
-    return figure
+
+
+def draw_best(panel: Any, rows: list[Row], best: list[Row], name: str) -> None:
+    """A dot for each cache, and the names of the best."""
+    others = [row for row in rows if not row.variant.is_full]
+    panel.plot([row.share for row in others], [row.values[name] for row in others], ".", color="0.75", markersize=3)
+    panel.plot([row.share for row in best], [row.values[name] for row in best], "o-", color="C0", markersize=5)
+    for row in best:
+        if not row.variant.is_full:
+            at = (row.share, row.values[name])
+            panel.annotate(row.variant.label, at, xytext=(5, 3), textcoords="offset points", fontsize=7)
+    values = sorted(MEASURES[name][1] * row.values[name] for row in rows)  # worst first
+    shown = [MEASURES[name][1] * values[int((1 - SHOWN) * len(values))], MEASURES[name][1] * values[-1]]
+    panel.set_ylim(min(shown) - 0.05 * abs(shown[0] - shown[1]), max(shown) + 0.05 * abs(shown[0] - shown[1]))
 
 
 def gain_by_task(summary: Summary, length: int, name: str) -> Any | None:
@@ -114,6 +140,45 @@ def gain_by_task(summary: Summary, length: int, name: str) -> Any | None:
     return figure
 
 
+def by_merger(summary: Summary, length: int, name: str) -> Any | None:
+    """A figure: the score or loss of every way to choose with every merger, less that of the full cache, by size.
+
+    `None` where there are no two of each.
+    """
+    of_sizes = summary.by_merger(summary.tasks[length], length)
+    choosing = list(dict.fromkeys(chooses for of_size in of_sizes.values() for chooses in of_size))
+    mergers = list(dict.fromkeys(one for of_size in of_sizes.values() for row in of_size.values() for one in row))
+    if len(choosing) < 2 or len(mergers) < 2 or len(choosing) > MOST_ROWS:
+        return None
+    nothing = float("nan")
+    tables = {
+        size: torch.tensor(
+            [
+                [
+                    row[one].against_full[name].mean if one in row and row[one].against_full else nothing
+                    for one in mergers
+                ]
+                for row in (of_size.get(chooses, {}) for chooses in choosing)
+            ]
+        )
+        for size, of_size in of_sizes.items()
+    }
+    sizes = sorted(tables, key=lambda size: tables[size].nanmedian().abs().item())
+    limit = torch.cat(list(tables.values())).abs().nanquantile(SHOWN).item() or 1
+    figure, panels = new_figure(2 + 0.5 * len(mergers) * len(sizes), 1.6 + 0.25 * len(choosing), columns=len(sizes))
+    for panel, size in zip(panels, sizes, strict=True):
+        table = tables[size]
+        best = (MEASURES[name][1] * table).nan_to_num(-torch.inf)
+        names = choosing if panel is panels[0] else [""] * len(choosing)
+        colours = "RdBu" if MEASURES[name][1] > 0 else "RdBu_r"
+        heat_map(panel, table, best == best.max(), names, mergers, limit=limit, colours=colours)
+        panel.set_title(size, fontsize=10)
+    figure.suptitle(
+        f"{MEASURES[name][0]}, less the full cache's: {length:,} tokens (bold: the best of its panel)", fontsize=11
+    )
+    return figure
+
+
 def save_plots(summary: Summary, folder: Path) -> dict[str, Any]:
     """Save all pictures as PNG; returns the figures by the names of their files."""
     figures = {}
@@ -121,6 +186,7 @@ def save_plots(summary: Summary, folder: Path) -> dict[str, Any]:
         for name in MEASURES:
             figures[f"{name}_against_bytes_{length}.png"] = against_bytes(summary, length, name)
             figures[f"{name}_gain_by_task_{length}.png"] = gain_by_task(summary, length, name)
+            figures[f"{name}_by_merger_{length}.png"] = by_merger(summary, length, name)
     for name, figure in figures.items():
         if figure is None:
             (folder / name).unlink(missing_ok=True)  # of an earlier run, and true no more

@@ -170,6 +170,25 @@ class Summary:
         found = (self.row(tasks, length, variant) for variant in self.variants.values())
         return [row for row in found if row is not None]
 
+    def best(self, tasks: Sequence[str], length: int) -> list[Row]:
+        """The caches than which none of as many bytes (in percent) or fewer has a smaller loss, largest first."""
+        found: list[Row] = []
+        for row in sorted(self.rows(tasks, length), key=lambda row: (round(row.share, 2), row.values["loss"])):
+            if not found or row.values["loss"] < found[-1].values["loss"]:
+                found.append(row)
+        return found[::-1]
+
+    def by_merger(self, tasks: Sequence[str], length: int) -> dict[str, dict[str, dict[str, Row]]]:
+        """Every cache on these tasks but the full one: by its size, by how it chooses, and by its merger."""
+        found: dict[str, dict[str, dict[str, Row]]] = {}
+        for row in self.rows(tasks, length):
+            if not row.variant.is_full:
+                how = row.variant.how
+                chooses = " ".join(part for name, part in how.items() if part and name not in ("merger", "size"))
+                size = how["size"] + " evicted" * how["size"].endswith("%") or "as the scores have it"
+                found.setdefault(size, {}).setdefault(chooses, {})[how["merger"]] = row
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON holds it: the setting, then a row for each cell and for each cache over all tasks."""
         of_tasks, of_all = [], []

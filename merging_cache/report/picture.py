@@ -62,8 +62,8 @@ class Folded(Protocol):
         """Of a row of its batch."""
 
 
-def new_figure(width: float, height: float, rows: int = 1) -> tuple[Any, list[Any]]:
-    """A matplotlib figure that no window shows, and its panels, one below the other.
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, list[Any]]:
+    """A matplotlib figure that no window shows, and its panels, row by row.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -73,7 +73,7 @@ def new_figure(width: float, height: float, rows: int = 1) -> tuple[Any, list[An
     except ImportError as error:
         raise ImportError("pictures take matplotlib; pip install 'merging_cache[plot]'") from error
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(rows, 1, squeeze=False)[:, 0])
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def render(package: str, name: str, **values: Any) -> str:
