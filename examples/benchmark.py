@@ -315,7 +315,7 @@ def prefill_lines(run: Run) -> Iterator[Line]:
     tokens, layers = 8192, run.pick(12, 2)
     model, ids = build_model(run, layers, hidden=1024, heads=16, kv_heads=4, head_dim=64), random_prompt(run, tokens)
     for scorer, target in (("keydiff", "<= 4"), ("snapkv", "<= 6")):
-        options = {"scorer": scorer, "merger": "similarity", "compression_ratio": 0.5}
+        options = {"scorer": scorer, "budget": "uniform", "merger": "similarity", "compression_ratio": 0.5}
         shares: dict[str, list[float]] = defaultdict(list)
         for _ in trange(2, desc=f"prefill with {scorer}", leave=False):
             cache = MergingDynamicCache(model=model, **options)

@@ -288,6 +288,7 @@ class Cell:
     def merging(self, setting: Setting) -> MergingConfig:
         return MergingConfig(
             scorer={"name": "random", "seed": setting.seed} if self.scorer == "random" else self.scorer,
+            budget="uniform",
             merger=read_merger(self.merger),
             compression_ratio=self.ratio,
             sink_tokens=setting.sink_tokens,

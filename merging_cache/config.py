@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from .budgets import BUDGETS, Budget
+from .budgets import BUDGETS, AutoBudget, Budget
 from .fold import Fold
 from .mergers import MERGERS, QUERY_SOURCES, Merger
 from .scorers import SCORERS, Scorer, build_scorer
@@ -33,8 +33,9 @@ class MergingConfig:
         compression_ratio: fraction of the seen tokens that loses its slot, in [0, 1): a fold leaves every head
             `max(1, floor(seen * (1 - compression_ratio)))` slots. 0.5 unless `max_tokens` is given; 0 folds nothing.
         max_tokens: instead of a ratio, at most this many slots per head after a fold.
-        budget: how slots are shared among layers and heads: a name of `BUDGETS`, a dict or a `Budget`. `"uniform"`,
-            except for scorers that come with a budget of their own (`pyramidkv`).
+        budget: how slots are shared among layers and heads: a name of `BUDGETS`, a dict or a `Budget`. `"auto"` is the
+            scorer's own where the cache is given the model (`"adakv"` for `keydiff`, `"pyramid"` for `pyramidkv`,
+            `"uniform"` for the others), `"uniform"` where it is given its config only or the model cannot be linked.
         merger: what becomes of the evicted: a name of `MERGERS`, a dict or a `Merger`. `"auto"` is `"mass"` where the
             cache is given the model, `"drop"` where it is given its config only or the model cannot be linked.
         sink_tokens, recent_tokens: first and last tokens of each row that always keep their slot (clipped to the
@@ -59,7 +60,7 @@ class MergingConfig:
     scorer: Spec | Scorer | Callable[[LayerStates], Tensor] = "keydiff"
     compression_ratio: float | None = None
     max_tokens: int | None = None
-    budget: Spec | Budget | None = None
+    budget: Spec | Budget = "auto"
     merger: Spec | Merger = "auto"
     sink_tokens: int = 4
     recent_tokens: int = 32
@@ -89,8 +90,6 @@ class MergingConfig:
                 check_number(field, count, int, minimum)
                 object.__setattr__(self, field, int(count))
         check_choice("fold_at", self.fold_at, FOLD_AT)
-        if self.budget is None:
-            object.__setattr__(self, "budget", build_scorer(self.scorer).default_budget)
         fold = Fold(
             scorer=build_scorer(self.scorer),
             budget=build_stage("budget", self.budget, BUDGETS, Budget),
@@ -98,7 +97,14 @@ class MergingConfig:
             sink_tokens=self.sink_tokens,
             recent_tokens=self.recent_tokens,
         )
-        folds = {linked: dataclasses.replace(fold, merger=fold.merger.resolve(linked)) for linked in (False, True)}
+        folds = {
+            linked: dataclasses.replace(
+                fold,
+                budget=fold.budget.resolve(linked, fold.scorer.default_budget),
+                merger=fold.merger.resolve(linked),
+            )
+            for linked in (False, True)
+        }
         object.__setattr__(self, "_folds", folds)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MergingConfig":
@@ -114,7 +120,7 @@ class MergingConfig:
         """The fold this config describes: always the same one, so that layers share what its stages have loaded.
 
         Args:
-            linked: whether the cache has the model, which is what `merger="auto"` goes by.
+            linked: whether the cache has the model, which is what `"auto"` goes by.
         """
         return self._folds[linked]
 
@@ -122,10 +128,10 @@ class MergingConfig:
     def label(self) -> str:
         """What tables call it, options that are the defaults left out: `"snapkv adakv mass 75%"`."""
         scorer = build_scorer(self.scorer)
-        budget = None if self.budget == scorer.default_budget else self.budget
+        budget = build_stage("budget", self.budget, BUDGETS, Budget)
         stages = [
             summarize_stage(scorer, SCORERS),
-            "" if budget is None else summarize_stage(build_stage("budget", budget, BUDGETS, Budget), BUDGETS),
+            "" if isinstance(budget, AutoBudget) else summarize_stage(budget, BUDGETS),
             summarize_stage(build_stage("merger", self.merger, MERGERS, Merger), MERGERS | QUERY_SOURCES),
         ]
         options = {"sink_tokens": 4, "recent_tokens": 32, "fold_at": "prefill"}
@@ -200,11 +206,6 @@ def read_options(path: str | Path, what: str) -> dict[str, Any]:
     return options
 
 
-def _own_budget(scorer: Any) -> Any:
-    """The budget that a config names where its scorer, but no budget, is given."""
-    return MergingConfig().budget if scorer is None else MergingConfig(scorer=scorer).budget
-
-
 def resolve_config(
     merging: "MergingConfig | Mapping[str, Any] | str | Path | None", options: dict[str, Any]
 ) -> MergingConfig:
@@ -222,8 +223,6 @@ def resolve_config(
             f"merging is {merging!r}; give a MergingConfig, a dict of its fields or a path to its JSON file"
         )
     merged = dict(merging)
-    if "scorer" in options and "budget" not in options and merged.get("budget") == _own_budget(merged.get("scorer")):
-        merged.pop("budget", None)  # it came with the scorer that is replaced
     sizes = ("compression_ratio", "max_tokens")
     if sum(options.get(size) is not None for size in sizes) == 1:  # the one given replaces the other
         for size in sizes:

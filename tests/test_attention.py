@@ -69,7 +69,7 @@ def test_a_linked_cache_without_need_is_the_unlinked_one(attention):
     mask = inputs["attention_mask"]
     unlinked = MergingDynamicCache(config=model.config, merger="similarity", attention_mask=mask, **WINDOW)
     expected = greedy(model, inputs, **cache_argument(unlinked))
-    cache = linked(model, merger="similarity")  # it learns the padding by itself
+    cache = linked(model, merger="similarity", budget="uniform")  # it learns the padding by itself
     output = greedy(model, inputs, **cache_argument(cache))
     assert torch.equal(output.sequences, expected.sequences)
     for mine, theirs in zip(cache.layers, unlinked.layers, strict=True):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from merging_cache import MergingConfig, MergingDynamicCache, Scorer
+from merging_cache.budgets import AdaKVBudget, PyramidBudget, UniformBudget
 from merging_cache.config import resolve_config
 from merging_cache.mergers import CountMerger, DropMerger, MassMerger, RefitMerger, SimilarityMerger, ValidatedMerger
 from merging_cache.mergers.queries import StratifiedQueries
@@ -20,12 +21,14 @@ def test_defaults():
         "scorer": "keydiff",
         "compression_ratio": 0.5,
         "max_tokens": None,
-        "budget": "uniform",
+        "budget": "auto",
         "merger": "auto",
         "sink_tokens": 4,
         "recent_tokens": 32,
         "fold_at": "prefill",
     }
+    assert config.build(linked=True).budget == AdaKVBudget()
+    assert config.build().budget == UniformBudget()
     assert config.build(linked=True).merger == MassMerger(lookup_share=0.002)
     assert config.build(linked=True).scorer is config.build().scorer
     assert config.build().merger == DropMerger()
@@ -195,13 +198,17 @@ def test_objects_inside_dicts_do_not_go_to_json(tmp_path):
 
 
 def test_a_budget_goes_with_the_scorer_it_came_with():
-    def budget(merging, **options):
-        return resolve_config(merging, options).budget
+    def budget(merging, linked=True, **options):
+        return resolve_config(merging, options).build(linked).budget
 
-    assert budget(MergingConfig(scorer="keydiff"), scorer="pyramidkv") == "pyramid"
-    assert budget(MergingConfig(scorer="pyramidkv"), scorer="keydiff") == "uniform"
-    assert budget({"scorer": "pyramidkv"}, scorer="keydiff") == "uniform"
-    assert budget(MergingConfig(scorer="pyramidkv", budget="adakv"), scorer="keydiff") == "adakv"
+    assert budget(MergingConfig(scorer="keydiff"), scorer="pyramidkv") == PyramidBudget()
+    assert budget(MergingConfig(scorer="pyramidkv"), scorer="keydiff") == AdaKVBudget()
+    assert budget({"scorer": "pyramidkv"}, scorer="snapkv") == UniformBudget()
+    assert budget({"scorer": {"name": "chunk_kv", "scorer": "keydiff"}}) == AdaKVBudget()
+    assert budget({"scorer": "keydiff"}, linked=False) == UniformBudget()
+    assert budget(MergingConfig(scorer="pyramidkv", budget="uniform"), scorer="keydiff") == UniformBudget()
+    with pytest.raises(TypeError, match="budget"):
+        MergingConfig(budget=None)
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def test_quantized_caches_budgets_and_sizes_are_swept(tmp_path):
         context_length=160,
         examples=2,
         scorers=["keydiff"],
-        budgets=[None, {"name": "adakv", "safeguard": 0.5}],
+        budgets=["auto", {"name": "adakv", "safeguard": 0.5}],
         mergers=["auto"],
         compression_ratios=[],
         max_tokens=[64],

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 import reference
 from architectures import causal_lm_types, tiny_config, tiny_model
 from merging_cache import SCORERS, LayerStates, MergingConfig, MergingDynamicCache
+from merging_cache.budgets import PyramidBudget
 from merging_cache.layers.guards import CROP_TAKES_LENGTH
 from merging_cache.model import cache_argument, can_link, linked_model, rotary_of
 from merging_cache.scorers import FastKVzipScorer, KVPressScorer, KVzapScorer, QFilterScorer
@@ -182,7 +183,7 @@ def test_cap(chunk):
 
 def test_pyramidkv_is_snapkv_with_its_budget():
     config = MergingConfig(scorer="pyramidkv")
-    assert config.budget == "pyramid"
+    assert config.build(linked=True).budget == PyramidBudget()
     ids = prompt(LENGTH, 2)
     for mine, snapkv in zip(said(llama(), "pyramidkv", ids), said(llama(), "snapkv", ids), strict=True):
         assert torch.equal(mine[1], snapkv[1])

@@ -1,6 +1,7 @@
 """Budgets: how the slots are shared, and so which tokens survive. `BUDGETS` is the table of their names."""
 
 from .adakv import AdaKVBudget
+from .auto import AutoBudget
 from .base import Budget
 from .layers import PerLayerBudget, PyramidBudget
 from .threshold import ThresholdBudget
@@ -8,6 +9,7 @@ from .uniform import UniformBudget
 
 BUDGETS: dict[str, type[Budget]] = {
     "adakv": AdaKVBudget,
+    "auto": AutoBudget,
     "per_layer": PerLayerBudget,
     "pyramid": PyramidBudget,
     "threshold": ThresholdBudget,
@@ -17,6 +19,7 @@ BUDGETS: dict[str, type[Budget]] = {
 __all__ = [
     "BUDGETS",
     "AdaKVBudget",
+    "AutoBudget",
     "Budget",
     "PerLayerBudget",
     "PyramidBudget",

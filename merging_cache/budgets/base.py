@@ -19,6 +19,15 @@ class Budget(Stage, ABC):
     def needs_attention(self) -> bool:
         return self.ragged or super().needs_attention
 
+    def resolve(self, linked: bool, own: str) -> "Budget":
+        """The budget that runs: another one where this goes by what the cache was given.
+
+        Args:
+            linked: whether the cache has the model, and sees its attention.
+            own: the name of the scorer's own budget.
+        """
+        return self
+
     def layer_slots(self, num_slots: int, seen: int, layer_rank: tuple[int, int] | None) -> int:
         """How many slots per head a layer keeps on average, if all layers together keep `num_slots`.
 

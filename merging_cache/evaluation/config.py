@@ -37,7 +37,7 @@ class Variant:
     """
 
     scorer: Spec | None = None
-    budget: Spec | None = None
+    budget: Spec = "auto"
     merger: Spec | None = None
     compression_ratio: float | None = None
     max_tokens: int | None = None
@@ -94,7 +94,7 @@ class Variant:
         merger = self.merger if isinstance(self.merger, str) else summarize_stage(fold.merger, MERGERS | QUERY_SOURCES)
         return {
             "scorer": summarize_stage(fold.scorer, SCORERS),
-            "budget": "" if self.budget is None else summarize_stage(fold.budget, BUDGETS),
+            "budget": "" if self.budget == "auto" else summarize_stage(fold.budget, BUDGETS),
             "merger": merger,
             "size": self.size,
             "quantize": "" if self.quantize == DENSE else self.quantize,
@@ -146,7 +146,7 @@ class EvaluationConfig:
         tasks: names of `TASKS`; `None` for all that can be made of what is given.
         context_length: tokens of a prompt and the longest answer to it: one length or several; `None` for 512 with the
             shipped model, 1024 with models that packages ship, else 4096.
-        scorers, budgets, mergers: names, or dicts with a name and options; `None` as a budget is the scorer's own.
+        scorers, budgets, mergers: names, or dicts with a name and options; `"auto"` as a budget is the scorer's own.
             `"drop"` is always measured, since merging is judged against it.
         compression_ratios, max_tokens: sizes of the cache; both kinds may be given, or neither: the full cache only.
         quantize: `"none"`, or backend and bits, such as `"quanto-4"`.
@@ -177,7 +177,7 @@ class EvaluationConfig:
     tasks: Sequence[str] | None = None
     context_length: Sequence[int] | int | None = None
     scorers: Sequence[Spec] = ("keydiff", "snapkv")
-    budgets: Sequence[Spec | None] = (None,)
+    budgets: Sequence[Spec] = ("auto",)
     mergers: Sequence[Spec] = ("drop", "similarity", "auto")
     compression_ratios: Sequence[float] = (0.5, 0.75)
     max_tokens: Sequence[int] = ()
@@ -255,8 +255,8 @@ class EvaluationConfig:
     def _product(self, **swept: Sequence[Any]) -> Iterator[Variant]:
         for name, values in swept.items():
             check_list(name, values, least=0 if name in ("compression_ratios", "max_tokens") else 1)
-            if None in values and name != "budgets":
-                raise ValueError(f"{name} holds null, which only budgets may, for the scorer's own")
+            if None in values:
+                raise ValueError(f"{name} holds null; leave it out")
         # what is a name alone is one however it is spelled
         swept = {name: [spelled(value) for value in values] for name, values in swept.items()}
         mergers = ["drop", *(merger for merger in swept["mergers"] if merger != "drop")]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..budgets import Budget
 from ..mergers import Merger
 from ..model import Pass
 from ..states import LayerStates, Slots, Tally
@@ -48,6 +49,11 @@ class MergingLayer(StoredLayer):
         self._awaits_attention = False  # of the last pass
         self._prompt: tuple[Tensor, Tensor] | None = None  # keys and values of a pass whose attention is to be observed
         self._observed = Observed()
+
+    @property
+    def budget(self) -> Budget | None:
+        """What says which tokens of this layer survive; `None` where all do."""
+        return None if self._shared.config.compression_ratio == 0 else self._shared.fold.budget
 
     @property
     def merger(self) -> Merger | None:

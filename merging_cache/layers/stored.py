@@ -123,7 +123,10 @@ class StoredLayer(DynamicLayer):
 
     @property
     def log_mass(self) -> Tensor | None:
-        """`[B, H, S]`, what is added to each slot's attention logits; `None` where there is nothing to add."""
+        """`[B, H, S]`, the logarithm of how many tokens' attention each slot draws, `None` where all draw their own.
+
+        It is added to the slot's attention logits; -inf where a head has no slot.
+        """
         of_slots = self.storage.log_mass
         return None if of_slots is None else torch.nn.functional.pad(of_slots, (0, self._tail))
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ..budgets import BUDGETS
 from ..layers import MergingLayer
 from ..mergers import MERGERS, QUERY_SOURCES
 from ..stage import summarize_stage
 from .picture import plot_merges
 
-COLUMNS = ("layer", "kind", "seen", "slots", "merged", "dropped", "bytes", "DynamicCache", "share", "merger")
+COLUMNS = ("layer", "kind", "seen", "slots", "merged", "dropped", "bytes", "DynamicCache", "share", "budget", "merger")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class LayerReport:
             drops with their slot count as dropped.
         bytes_now: bytes held, positions and scales included.
         bytes_full: bytes that `DynamicCache` would hold.
-        merger: what becomes of the evicted, with the options that are not its defaults; `"-"` where nothing folds.
+        budget, merger: how slots are shared, and what becomes of the evicted, with the options that are not their
+            defaults; `"-"` where nothing folds.
     """
 
     layer: int | str
@@ -40,6 +42,7 @@ class LayerReport:
     tokens_dropped: float
     bytes_now: int
     bytes_full: int
+    budget: str = ""
     merger: str = ""
 
     def cells(self) -> list[str]:
@@ -54,6 +57,7 @@ class LayerReport:
             f"{self.bytes_now:,}",
             f"{self.bytes_full:,}",
             f"{self.bytes_now / self.bytes_full:.3f}" if self.bytes_full else "-",
+            self.budget,
             self.merger,
         ]
 
@@ -120,13 +124,14 @@ def report_layer(index: int, layer: Any) -> LayerReport:
             tokens_dropped=mean_count(layer.num_dropped),
             bytes_now=layer.nbytes,
             bytes_full=layer.full_nbytes,
+            budget="-" if layer.budget is None else summarize_stage(layer.budget, BUDGETS),
             merger="-" if layer.merger is None else summarize_stage(layer.merger, MERGERS | QUERY_SOURCES),
         )
     nbytes = sum(tensor.nbytes for tensor in held_tensors(layer))
     keys = getattr(layer, "keys", None)
     stored = keys.shape[-2] if keys is not None and keys.dim() == 4 else 0
     seen = layer.get_seq_length() if stored else 0
-    return LayerReport(index, type(layer).__name__, seen, stored, 0.0, 0.0, nbytes, nbytes, merger="-")
+    return LayerReport(index, type(layer).__name__, seen, stored, 0.0, 0.0, nbytes, nbytes, "-", "-")
 
 
 def held_tensors(layer: Any) -> list[Tensor]:

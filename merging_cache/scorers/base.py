@@ -33,7 +33,7 @@ class Scorer(Stage, ABC):
     """
 
     default_budget: str = "uniform"
-    """The budget that goes with this scorer where a config names none."""
+    """The budget that goes with this scorer, by name: what `budget="auto"` is where the cache has the model."""
 
     @abstractmethod
     def score(self, states: LayerStates) -> Tensor:

@@ -16,6 +16,8 @@ class KeyDiffScorer(Scorer):
     Keeps keys that are far apart, so that every evicted token finds a close survivor among them.
     """
 
+    default_budget = "adakv"
+
     def score(self, states: LayerStates) -> Tensor:
         # by products with vectors, head by head, so that nothing as large as the keys is made
         return torch.stack([_score(keys) for keys in states.keys.flatten(0, 1)]).view(states.keys.shape[:3])

@@ -33,7 +33,7 @@ class Storage(ABC):
     @property
     @abstractmethod
     def log_mass(self) -> Tensor | None:
-        """`[B, H, num_slots]`, what is added to each slot's attention logits; `None` where there is nothing to add."""
+        """`[B, H, num_slots]`, what is added to each slot's attention logits, -inf where a head has no slot; or `None`."""
 
     @property
     def valid(self) -> Tensor | None:

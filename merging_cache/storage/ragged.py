@@ -98,7 +98,7 @@ class RaggedStorage(Storage):
     @property
     def log_mass(self) -> Tensor | None:
         log_mass = self._slots.log_mass
-        return None if log_mass is None else self.layout.pad(log_mass[0, 0], 0.0)
+        return None if log_mass is None else self.layout.pad(log_mass[0, 0], -torch.inf)
 
     @property
     def valid(self) -> Tensor:

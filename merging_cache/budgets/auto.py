@@ -1,0 +1,27 @@
+"""The budget that measured best with what the cache was given."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..states import LayerStates, Survivors
+from .base import Budget
+from .uniform import UniformBudget
+
+
+@dataclass
+class AutoBudget(Budget):
+    """The scorer's own where the cache has the model, `uniform` where it has the config only.
+
+    A scorer's own (`Scorer.default_budget`) is `pyramid` for `pyramidkv`, and for `keydiff`, the default, `adakv`,
+    chosen by what was measured on real weights (`examples/README.md`). Others have `uniform`: the scores of many of
+    them cannot be compared between heads. `cache.report()` says which of them runs.
+    """
+
+    def resolve(self, linked: bool, own: str) -> Budget:
+        from . import BUDGETS
+
+        return BUDGETS[own]() if linked else UniformBudget()
+
+    def allocate(self, scores: Tensor, states: LayerStates, num_slots: int) -> Survivors:
+        return UniformBudget().allocate(scores, states, num_slots)
