@@ -48,7 +48,7 @@ class MergingDynamicCache(DynamicCache):
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from merging_cache import MergingDynamicCache
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=64,
-        ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+        ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, eos_token_id=None))
         >>> prompt = torch.arange(1, 65)[None]
         >>> cache = MergingDynamicCache(config=model.config, scorer="keydiff", compression_ratio=0.5, recent_tokens=8)
         >>> _ = model.generate(prompt, past_key_values=cache, max_new_tokens=5, do_sample=False, pad_token_id=0)
@@ -218,7 +218,7 @@ class MergingDynamicCache(DynamicCache):
             >>> from transformers import LlamaConfig, LlamaForCausalLM
             >>> from merging_cache import MergingDynamicCache
             >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=64,
-            ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+            ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, eos_token_id=None))
             >>> prompt = torch.arange(1, 65)[None]
             >>> cache = MergingDynamicCache(config=model.config, compression_ratio=0.5)
             >>> _ = model(prompt[:, :-1], past_key_values=cache)

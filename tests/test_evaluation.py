@@ -42,6 +42,7 @@ SMALL = {
     "examples": 5,
     "batch_size": 2,
     "scorers": ["keydiff"],
+    "budgets": ["uniform"],  # heads that share their slots do so within a process
     "mergers": ["drop", "similarity"],
     "compression_ratios": [0.5],
 }
@@ -242,7 +243,8 @@ def test_losses_are_those_of_the_model_alone(known):
 
 def command(output: Path, *more: str) -> list[str]:
     options = ["--context-length", "180", "--examples", "5", "--batch-size", "2", "--scorers", "keydiff"]
-    options += ["--tasks", *SMALL["tasks"], "--mergers", "similarity", "--compression-ratios", "0.5"]
+    options += ["--tasks", *SMALL["tasks"], "--budgets", "uniform"]
+    options += ["--mergers", "similarity", "--compression-ratios", "0.5"]
     return ["-m", "merging_cache.evaluation", *options, "--output", str(output), *more]
 
 
@@ -472,8 +474,8 @@ def test_reports_are_written(tmp_path, small):
     figure = against_bytes(Summary(small.results, small.cells), 180, "score")
     lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
     row = Summary(small.results, small.cells).row(SMALL["tasks"], 180, small.config.variants[2])
-    assert lines["keydiff similarity"].get_xdata()[0] == row.share
-    assert lines["keydiff similarity"].get_ydata()[0] == row.values["score"]
+    assert lines["keydiff uniform similarity"].get_xdata()[0] == row.share
+    assert lines["keydiff uniform similarity"].get_ydata()[0] == row.values["score"]
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -672,7 +674,7 @@ def test_nothing_is_rehearsed_twice(monkeypatch):
 
     monkeypatch.setattr(Questioned, "measure", counted)
     evaluation.prepare()
-    assert [one.label for one in calls] == ["full cache", "keydiff drop 50%", "keydiff similarity 50%"]
+    assert [one.label for one in calls] == ["full cache", "keydiff uniform drop 50%", "keydiff uniform similarity 50%"]
     evaluation.prepare()
     assert len(calls) == 3
 
@@ -691,7 +693,8 @@ def test_every_context_is_read_once(monkeypatch):
 
 def test_a_stage_is_one_however_it_is_spelled():
     config = EvaluationConfig(**SMALL | {"scorers": ["keydiff", {"name": "keydiff"}], "mergers": [{"name": "auto"}]})
-    assert [variant.label for variant in config.variants] == ["full cache", "keydiff drop 50%", "keydiff auto 50%"]
+    labels = ["full cache", "keydiff uniform drop 50%", "keydiff uniform auto 50%"]
+    assert [variant.label for variant in config.variants] == labels
 
 
 def test_the_output_is_no_part_of_the_data(tmp_path):

@@ -217,7 +217,7 @@ def test_mergers_are_compared_by_what_one_question_alone_gives(needle, tmp_path)
     cell = compare.Cell("needle", "keydiff", 0.75, "count")
     measured = cell.measure(setting)
     contexts, rng = compare.make_contexts(setting), random.Random(5)
-    merging = {"merger": "count", "compression_ratio": 0.75, "sink_tokens": 2, "recent_tokens": 4}
+    merging = {"budget": "uniform", "merger": "count", "compression_ratio": 0.75, "sink_tokens": 2, "recent_tokens": 4}
     for row, context in enumerate(contexts):
         assert len(context.text.split()) == 200
         questions = pick_questions(rng, context, 4)

@@ -16,7 +16,8 @@ class AdaKVBudget(Budget):
 
     Each head first keeps its own `max(1, floor(safeguard * num_slots))` highest scores; the rest of the layer's
     `H * num_slots` slots goes to the highest scores that are left, whatever their head. It needs a scorer whose scores
-    can be compared between heads, as attention weights can.
+    can be compared between heads, as attention weights can. With tensor parallelism heads share the slots of those in
+    their own process.
 
     Args:
         safeguard: the share of its even part that every head keeps, in [0, 1]; 1 is the uniform budget.

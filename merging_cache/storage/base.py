@@ -33,7 +33,7 @@ class Storage(ABC):
     @property
     @abstractmethod
     def log_mass(self) -> Tensor | None:
-        """`[B, H, num_slots]`, what is added to each slot's attention logits, -inf where a head has no slot; or `None`."""
+        """`[B, H, num_slots]`, added to a slot's attention logits, -inf where a head has none; `None` for all zeros."""
 
     @property
     def valid(self) -> Tensor | None:
