@@ -29,8 +29,7 @@ from merging_cache.evaluation.needle_words import NeedleWords
 from merging_cache.evaluation.plan import counted
 from merging_cache.evaluation.run import shipped_model
 from merging_cache.evaluation.tasks import TASKS
-from merging_cache.model import cache_argument
-from merging_cache.reading import Continuation, loss, predict, release
+from merging_cache.reading import Continuation, answer, loss, predict, release
 from merging_cache.report import align, report_layers
 
 
@@ -83,7 +82,7 @@ def build_variants(model, tokens: int, options: argparse.Namespace) -> list[Vari
 
 def same_bytes(model, tokens: int, cache_for: Callable, merging: Variant, slots: int) -> int:
     """How many slots dropping may have for the bytes of a merging cache with `slots`."""
-    reading = Reading(model, torch.randint(10, 100, (1, tokens), device=model.device), progress=False)
+    reading = Reading(model, torch.arange(tokens, device=model.device)[None] % 90, progress=False)
 
     def nbytes(make: Callable[[], Cache]) -> int:
         cache = reading.fill(make())
@@ -113,20 +112,13 @@ def ask(model, encoder: Encoder, variant: Variant, reading: Reading, questions: 
         ids = torch.cat([read, torch.tensor([one.asked], device=model.device)], dim=1)
         own = copy.deepcopy(cache)
         started = time.perf_counter()
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            **cache_argument(own),
-            max_new_tokens=question.max_new_tokens,
-            do_sample=False,
-            pad_token_id=encoder.pad_token,
-        )
+        output = answer(model, own, ids, max_new_tokens=question.max_new_tokens)
         variant.seconds += time.perf_counter() - started
-        variant.tokens += output.shape[1] - ids.shape[1]
+        variant.tokens += output.shape[1]
         release(own)
-        answer = encoder.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        variant.answers.append(" ".join(answer.split()))
-        variant.right.append(is_right(answer, question.answers[0]))
+        said = encoder.tokenizer.decode(output[0], skip_special_tokens=True)
+        variant.answers.append(" ".join(said.split()))
+        variant.right.append(is_right(said, question.answers[0]))
     release(cache)
 
 
@@ -147,7 +139,7 @@ def main() -> None:
         "--ratios", type=float, nargs="+", default=[0.5, 0.75], help="shares of tokens that lose their slot"
     )
     parser.add_argument("--scorer", default="keydiff")
-    parser.add_argument("--budget", default="adakv")
+    parser.add_argument("--budget", default="auto")
     parser.add_argument("--merger", default="auto")
     parser.add_argument("--quantize", help="a storage, such as quanto-4 or fp8")
     parser.add_argument("--seed", type=int, default=0)

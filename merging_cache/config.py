@@ -212,6 +212,8 @@ def resolve_config(
     """What a cache was given: a config, a dict or a JSON file, with single options on top."""
     if merging is None:
         return MergingConfig.from_dict(options)
+    if isinstance(merging, str) and merging in SCORERS:
+        raise ValueError(f"merging is {merging!r}, the name of a scorer and of no JSON file; give scorer={merging!r}")
     if isinstance(merging, (str, Path)):
         merging = MergingConfig.from_json_file(merging)
     if isinstance(merging, MergingConfig):

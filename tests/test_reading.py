@@ -368,13 +368,16 @@ def test_compare_takes_the_full_caches_own_answer():
     assert "the full cache's own answer" in str(found)
 
 
-def test_compare_says_what_is_wrong():
+def test_compare_says_what_is_wrong(monkeypatch):
+    """Before anything is read."""
     network, read = llama(), prompt(48)
     one = [{"compression_ratio": 0.5}]
+    monkeypatch.setattr(type(network), "forward", lambda *args, **options: pytest.fail("it was read"))
     for arguments, more, error, complaint in [
         ((read, []), {}, TypeError, r"configs is \[\]; give a list"),
         ((read, {"scorer": "knorm"}), {}, TypeError, "configs is {'scorer': 'knorm'}; give a list"),
         ((read, [{"scorer": "no"}]), {}, ValueError, "unknown scorer 'no'"),
+        ((read, ["keydiff"]), {}, ValueError, "merging is 'keydiff', the name of a scorer .* give scorer='keydiff'"),
         ((read, [3]), {}, TypeError, "configs holds 3; give a MergingConfig"),
         (("text", one), {}, ValueError, "there is no tokenizer at '', where the model came from; give tokenizer="),
         ((prompt(3, 2), one), {}, TypeError, r"prompt is a tensor of shape \(2, 3\); give a text, messages or ids"),

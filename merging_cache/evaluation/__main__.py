@@ -68,7 +68,13 @@ def build_parser() -> argparse.ArgumentParser:
         "ships with this project",
     )
     add("--tasks", nargs="+", metavar="TASK", help=f"of {', '.join(TASKS)}; default: all that no file is missing for")
-    add("--context-length", nargs="+", type=int, metavar="TOKENS", help="of prompt and answer; default: 512 to 4096")
+    add(
+        "--context-length",
+        nargs="+",
+        type=int,
+        metavar="TOKENS",
+        help="of prompt and answer; default: 512, 1024 for models that packages ship, 4096 for others",
+    )
     add("--scorers", nargs="+", type=spec, metavar="NAME|JSON", help=f"of {', '.join(sorted(SCORERS))}")
     add(
         "--mergers", nargs="+", type=spec, metavar="NAME|JSON", help=f"of {', '.join(MERGERS)}; drop is always measured"
@@ -92,7 +98,11 @@ def build_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="answer RULER's tasks by generation (default), or only measure how likely right answers are",
     )
-    add("--batch-size", type=int, help="contexts read at a time, padded on the left; default: 1 or 10")
+    add(
+        "--batch-size",
+        type=int,
+        help="contexts read at a time, padded on the left; default: 1, or 10 of the shipped model",
+    )
     add("--seed", type=int, help="default: 0")
     add("--sink-tokens", type=int, help="first tokens that always keep their slots; default: 4")
     add("--recent-tokens", type=int, help="last tokens that always do; default: 32")

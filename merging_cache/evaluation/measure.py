@@ -9,8 +9,19 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..model import cache_argument
-from ..reading import Continuation, Reading, agrees, around_question, clock, divergence, loss, predict, release, rows_of
+from ..reading import (
+    Continuation,
+    Reading,
+    agrees,
+    answer,
+    around_question,
+    clock,
+    divergence,
+    loss,
+    predict,
+    release,
+    rows_of,
+)
 from ..report import report_layers
 from .config import Variant
 from .example import Example
@@ -273,12 +284,12 @@ class Questioned:
         own = rows_of(cache, rows, len(self.ids), folds=True)
         most = max(item.examples[0].max_new_tokens for item in items)
         started = clock(model.device)
-        output = model.generate(prompt, attention_mask=mask, max_new_tokens=most, **cache_argument(own))
+        output = answer(model, own, prompt, mask, max_new_tokens=most)
         seconds = clock(model.device) - started
         release(own)
         answers = [
             encoder.tokenizer.decode(ids[: item.examples[0].max_new_tokens], skip_special_tokens=True)
-            for item, ids in zip(items, output[:, prompt.shape[1] :], strict=True)
+            for item, ids in zip(items, output, strict=True)
         ]
         return answers, seconds
 

@@ -1,7 +1,7 @@
 """Reading a context once and filling many caches from it, and what each of them then loses."""
 
 from .compare import FULL, ComparedCache, Comparison, around_question, compare
-from .continuation import Continuation, agrees, divergence, loss, predict, release, rows_of
+from .continuation import Continuation, agrees, answer, divergence, loss, predict, release, rows_of
 from .reading import Reading, check_length, clock
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Continuation",
     "Reading",
     "agrees",
+    "answer",
     "around_question",
     "check_length",
     "clock",

@@ -12,10 +12,9 @@ from transformers import AutoTokenizer, Cache, DynamicCache, PreTrainedModel, Pr
 
 from ..cache import MergingDynamicCache, MergingQuantizedCache
 from ..config import MergingConfig
-from ..model import cache_argument
 from ..report import align, report_layers
 from ..stage import check_number
-from .continuation import Continuation, divergence, loss, predict, release
+from .continuation import Continuation, answer, divergence, loss, predict, release
 from .reading import Reading, check_length, clock
 
 FULL = "full cache"
@@ -133,22 +132,20 @@ def compare(
     else:
         prompt_ids = tokens.of(prompt, "prompt", begins=True)
         asked = [] if question is None else tokens.of(question, "question")[0].tolist()
-    steps = tqdm(total=len(configs) + 2, desc="comparing", unit="cache", disable=not progress)
-    with steps:
+    follows = None if following is None else tokens.of(following, "following")[0].tolist()
+    if follows is not None:
+        check_follows(model, prompt_ids, asked, follows)
+    with tqdm(total=len(configs) + 2, desc="comparing", unit="cache", disable=not progress) as steps:
         reading = Reading(model, prompt_ids.to(model.device), chunk_size=chunk_size, progress=False)
         steps.update()
         full = reading.fill(DynamicCache(config=model.config))
-        answer = None
-        if following is None:
+        said = None
+        if follows is None:
             follows = generate(model, reading, prompt_ids, asked, max_new_tokens)
-            answer = tokens.decoded(follows)
-        else:
-            follows = tokens.of(following, "following")[0].tolist()
+            said = tokens.decoded(follows)
+            check_follows(model, prompt_ids, asked, follows)
         if not asked:  # the first token comes of the prefill, whatever the cache: the others of the cache
             asked, follows = follows[:1], follows[1:]
-        if not follows:
-            raise ValueError("what follows is a single token, which no cache has a part in; give a longer text")
-        check_length(model, prompt_ids.shape[1] + len(asked) + len(follows))
         wanted = Continuation(asked, follows)
         (expected,) = predict(model, full, [wanted])
         full_bytes = report_layers(full.layers).total.bytes_now
@@ -172,7 +169,14 @@ def compare(
     for number, name in enumerate(names):
         if names.count(name) > 1:  # options that are not in it, or config= beside model=
             rows[number] = replace(rows[number], name=f"{name} ({names[: number + 1].count(name)})")
-    return Comparison(tuple(rows), prompt_ids.shape[1], len(follows), answer)
+    return Comparison(tuple(rows), prompt_ids.shape[1], len(follows), said)
+
+
+def check_follows(model: PreTrainedModel, prompt: Tensor, asked: list[int], follows: list[int]) -> None:
+    """Refuse what is too short to tell caches apart, and what is longer than the model allows."""
+    if len(follows) + bool(asked) < 2:
+        raise ValueError("what follows is a single token, which no cache has a part in; give a longer text")
+    check_length(model, prompt.shape[1] + len(asked) + len(follows))
 
 
 def make_cache(model: PreTrainedModel, one: Any) -> Cache:
@@ -199,16 +203,8 @@ def generate(model: PreTrainedModel, reading: Reading, prompt: Tensor, asked: li
     if first and first[0] in (ends if isinstance(ends, list) else [ends]):
         raise ValueError("the full cache answers this prompt with nothing; give the text that is to follow")
     ids = torch.cat([prompt, torch.tensor([asked or first], dtype=prompt.dtype)], dim=1).to(model.device)
-    pad = model.generation_config.pad_token_id
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=most - len(first),
-        do_sample=False,
-        pad_token_id=0 if pad is None else pad,
-        **cache_argument(reading.fill(DynamicCache(config=model.config))),
-    )
-    return first + output[0, ids.shape[1] :].tolist()
+    cache = reading.fill(DynamicCache(config=model.config))
+    return first + answer(model, cache, ids, max_new_tokens=most - len(first))[0].tolist()
 
 
 def is_conversation(given: Any) -> bool:

@@ -96,6 +96,34 @@ def _predict(
     ]
 
 
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel,
+    cache: Cache,
+    ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    max_new_tokens: int,
+) -> Tensor:
+    """`[B, n]`, what the model generates behind `ids` `[B, L]` without sampling.
+
+    Args:
+        cache: what has read their beginning; it goes on to hold what comes after.
+        attention_mask: `[B, L]`, where one is padded.
+        max_new_tokens: n, at most.
+    """
+    pad = model.generation_config.pad_token_id
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids) if attention_mask is None else attention_mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=0 if pad is None else pad,
+        **cache_argument(cache),
+    )
+    return output[:, ids.shape[1] :]
+
+
 def rows_of(cache: Cache, rows: Sequence[int], batch: int, folds: bool = False) -> Cache:
     """A copy of a cache that holds these of its `batch` rows, and folds no more unless it is to."""
     twin = copy.deepcopy(cache)
