@@ -185,4 +185,4 @@ def attention_logits(
 
 def softmax_of_seen(logits: Tensor) -> Tensor:
     """The softmax over the last dimension, 0 where a query sees nothing at all."""
-    return logits.softmax(dim=-1).masked_fill_(logits == -torch.inf, 0.0)
+    return logits.softmax(dim=-1).nan_to_num_(nan=0.0)  # of nothing but -inf there is none
