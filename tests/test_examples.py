@@ -87,7 +87,7 @@ def test_quickstart_prints_its_table():
     options = ["--model", "needle", "--pages", "1", "--ratios", "0.5", "--quantize", "fp8", "--merger", "similarity"]
     command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), *options]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-    assert "8 questions about 1 page; scorer keydiff, budget adakv" in done.stdout
+    assert "8 questions about 1 page; scorer keydiff, budget auto" in done.stdout
     assert done.stdout.count("✓") + done.stdout.count("✗") == 8 * 3
     *_, head, _, full, dropped, merged = done.stdout.splitlines()
     assert head.split() == ["cache", "right", "loss", "of", "right", "answers", "bytes", "share", "tokens/s"]
