@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from .config import MergingConfig, resolve_config
-from .layers import FixedCache, HybridLayer, MergingHybridLayer, MergingLayer, Padding, Shared, TokensSeen
+from .layers import FixedCache, HybridLayer, JointFold, MergingHybridLayer, MergingLayer, Padding, Shared, TokensSeen
 from .model import Link, can_link, check_supported, config_of, reads_stored_keys, takes_masks
 from .report import CacheReport, Fates, report_layers
 from .stage import check_number
@@ -91,7 +91,8 @@ class MergingDynamicCache(DynamicCache):
         hidden_states = needed and fold.needs_hidden_states
         # last of what may raise, so that no model is left linked
         link = Link(model, config, needed, type(self).__name__, hidden_states)
-        self._shared = Shared(self.merging, fold, padding, link, self._storage(), trace)
+        joint = JointFold(fold.budget) if fold.budget.over_layers else None
+        self._shared = Shared(self.merging, fold, padding, link, self._storage(), trace, joint)
         if config is None:
             if folds:
                 warnings.warn(

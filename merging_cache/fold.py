@@ -3,7 +3,7 @@
 Pure functions of tensors; knows nothing of transformers or of how slots are stored.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -161,10 +161,7 @@ class Fold:
 
     def _fold_padded_ragged(self, states: LayerStates, num_slots: int) -> Slots:
         """Rows with padding where every row and head may have its own number of slots; no padding is stored."""
-        parts = []
-        for rows, tokens in states.rows_alike():
-            if len(tokens):
-                parts.append((rows, slice(None), self._fold_rows(states.select(rows, tokens), num_slots)))
+        parts = [(rows, slice(None), self._fold_rows(alone, num_slots)) for rows, _, alone in alone_or_alike(states)]
         return _assemble_slots(states, parts)
 
     def _fold_rows(self, states: LayerStates, num_slots: int) -> Slots:
@@ -181,7 +178,39 @@ class Fold:
         survivors = self.budget.allocate(scores, states, num_slots)
         if survivors.valid is None and states.valid is None:
             return self._merge(states, survivors, scores)
-        kept = survivors.mask(states.num_tokens)
+        return self._merge_kept(states, survivors.mask(states.num_tokens), scores)
+
+    # Folding all layers together, for budgets over layers ------------------------------------------------------------
+
+    def score(self, states: LayerStates, num_slots: Callable[[int], int]) -> tuple[Tensor, Tensor]:
+        """Scores `[B, H, L]` to be compared with those of other layers, and how many slots per head each row has `[B]`.
+
+        Infinite for tokens that must stay, and `-inf` where there is none.
+
+        Args:
+            num_slots: of the number of tokens that a row has seen.
+        """
+        scores = torch.full(states.keys.shape[:3], -torch.inf, device=states.keys.device)
+        slots = torch.zeros(len(scores), dtype=torch.long)
+        heads = torch.arange(scores.shape[1], device=scores.device).view(-1, 1)
+        for rows, tokens, alone in alone_or_alike(states):
+            check_finite(alone)
+            count = num_slots(alone.seen)
+            alone = replace(alone, num_slots=count)
+            scores[rows.view(-1, 1, 1), heads, tokens] = self._protect(self._score(alone), alone, count)
+            slots[rows.cpu()] = count
+        return scores, slots
+
+    def keep(self, states: LayerStates, kept: Tensor, scores: Tensor) -> Slots:
+        """Fold into the tokens `kept`, `[B, H, L]` bool, which were chosen by these scores."""
+        parts = []
+        for rows, tokens, alone in alone_or_alike(states):
+            mine = (one[rows].index_select(2, tokens) for one in (kept, scores))
+            parts.append((rows, slice(None), self._merge_kept(alone, *mine)))
+        return _assemble_slots(states, parts)
+
+    def _merge_kept(self, states: LayerStates, kept: Tensor, scores: Tensor) -> Slots:
+        """Merge rows without padding into the tokens `kept`, `[B, H, L]` bool."""
         parts = []
         for row, heads, tokens, part in states.rectangles(kept.sum(dim=-1)):
             mine = Survivors.of_mask(kept[row, heads].gather(2, tokens.unsqueeze(0)))
@@ -235,6 +264,17 @@ class Fold:
         index = states.valid.cumsum(dim=-1) - 1
         count = states.valid.sum(dim=-1, keepdim=True)
         return scores.masked_fill(states.valid & ((index < sinks) | (index >= count - recent)), torch.inf)
+
+
+def alone_or_alike(states: LayerStates) -> Iterator[tuple[Tensor, Tensor, LayerStates]]:
+    """Rows that can be folded as one, without padding: their indices, those of their tokens, and their states."""
+    if states.rows_agree:
+        device = states.keys.device
+        yield torch.arange(len(states.keys), device=device), torch.arange(states.num_tokens, device=device), states
+        return
+    for rows, tokens in states.rows_alike():
+        if len(tokens):
+            yield rows, tokens, states.select(rows, tokens)
 
 
 def _versions(states: LayerStates) -> tuple[int, ...]:

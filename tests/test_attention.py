@@ -23,6 +23,7 @@ from models import WINDOW, assert_same_cache, greedy, left_padded, llama, prompt
 pytestmark = pytest.mark.core
 RAGGED = {
     "adakv": "adakv",
+    "global": "global",
     "pyramid": "pyramid",
     "per_layer": {"name": "per_layer", "weights": [1, 3]},
     "threshold": {"name": "threshold", "threshold": -0.3, "window": 8},
@@ -565,7 +566,7 @@ class Doubling(DropMerger):
         return replace(slots, log_mass=torch.full(slots.positions.shape, math.log(2.0)))
 
 
-@pytest.mark.parametrize("budget", ["uniform", "adakv"])
+@pytest.mark.parametrize("budget", ["uniform", "adakv", "global"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_mass_is_added_to_the_logits(budget, attention):
     model = llama(attention)
@@ -580,7 +581,7 @@ def test_mass_is_added_to_the_logits(budget, attention):
 
 
 @pytest.mark.parametrize("scorer", ["snapkv", "tova", {"name": "snapkv", "window_size": 8}, "observed_attention"])
-@pytest.mark.parametrize("budget", ["uniform", "adakv"])
+@pytest.mark.parametrize("budget", ["uniform", "adakv", "global"])
 def test_right_padded_rows_equal_the_row_alone(scorer, budget):
     """The query window of a row is that of its own last tokens, not of the padding behind them."""
     model, ids, mask = llama(), prompt(60, 2), torch.ones(2, 60, dtype=torch.long)
@@ -595,7 +596,7 @@ def test_right_padded_rows_equal_the_row_alone(scorer, budget):
 
 
 @pytest.mark.parametrize("kind", ["dense", "fp8"])
-@pytest.mark.parametrize("budget", ["adakv", "pyramid"])
+@pytest.mark.parametrize("budget", ["adakv", "global", "pyramid"])
 @pytest.mark.parametrize("kept", [[1], [0], [1, 1], [2], [2, 1]])
 @torch.no_grad()
 def test_rows_of_other_lengths_that_stay_are_what_they_were(kind, budget, kept):
@@ -650,7 +651,7 @@ def test_a_prompt_of_one_token_is_observed():
             torch.testing.assert_close(one[1:], other, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("budget", ["uniform", "adakv"])
+@pytest.mark.parametrize("budget", ["uniform", "adakv", "global"])
 def test_quantized_chunks_are_folded_as_in_one_piece(budget):
     """With `fold_at="decode"` nothing is quantized before the fold, so chunks attend to full precision."""
     model, ids = llama(), prompt(100)
@@ -699,7 +700,7 @@ def flex():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("inputs", [prompt(40), left_padded([40, 22])], ids=["plain", "padded"])
-@pytest.mark.parametrize("budget", ["uniform", "adakv", "pyramid"])
+@pytest.mark.parametrize("budget", ["uniform", "adakv", "global", "pyramid"])
 @pytest.mark.parametrize("implementation", ["flash", "flex"])
 def test_other_implementations_give_what_sdpa_gives(implementation, budget, inputs, request):
     model = llama()

@@ -4,12 +4,14 @@ from .adakv import AdaKVBudget
 from .auto import AutoBudget
 from .base import Budget
 from .layers import PerLayerBudget, PyramidBudget
+from .over_layers import GlobalBudget
 from .threshold import ThresholdBudget
 from .uniform import UniformBudget
 
 BUDGETS: dict[str, type[Budget]] = {
     "adakv": AdaKVBudget,
     "auto": AutoBudget,
+    "global": GlobalBudget,
     "per_layer": PerLayerBudget,
     "pyramid": PyramidBudget,
     "threshold": ThresholdBudget,
@@ -21,6 +23,7 @@ __all__ = [
     "AdaKVBudget",
     "AutoBudget",
     "Budget",
+    "GlobalBudget",
     "PerLayerBudget",
     "PyramidBudget",
     "ThresholdBudget",

@@ -15,6 +15,9 @@ class Budget(Stage, ABC):
     """True if layers or heads may end up with different numbers of slots, which needs the model (its masks have to fit
     every layer): `MergingDynamicCache(model=model, ...)`."""
 
+    over_layers: bool = False
+    """True if slots are shared by all layers of a cache, which then fold together: see `GlobalBudget.share`."""
+
     @property
     def needs_attention(self) -> bool:
         return self.ragged or super().needs_attention

@@ -2,6 +2,7 @@
 
 from .fixed import FixedCache
 from .hybrid import HybridLayer, MergingHybridLayer, linear_attention_state
+from .joint import JointFold
 from .merging import MergingLayer
 from .padding import Padding
 from .seen import TokensSeen
@@ -10,6 +11,7 @@ from .shared import Shared
 __all__ = [
     "FixedCache",
     "HybridLayer",
+    "JointFold",
     "MergingHybridLayer",
     "MergingLayer",
     "Padding",

@@ -1,69 +1,29 @@
-"""MergingLayer: when one attention layer is folded, what it remembers until then, and what transformers is told.
+"""MergingLayer: when one attention layer is folded, and what transformers is told.
 
-Knows nothing of how tokens are scored, chosen and merged (`fold.py`), of where they lie (`storage/`), or of the words
-in which it refuses (`guards.py`).
+Knows nothing of how it is folded (`folding.py`), of where tokens lie (`storage/`), or of the words in which it refuses
+(`guards.py`).
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..budgets import Budget
-from ..mergers import Merger
 from ..model import Pass
-from ..states import LayerStates, Slots, Tally
-from ..storage import store
-from .guards import Guards
+from .folding import FoldingLayer
 from .observed import Observed, by_stored_head
-from .shared import Shared
-from .stored import StoredLayer
 
 
-class MergingLayer(StoredLayer):
-    """A full-attention layer that folds.
-
-    Args:
-        shared: what it shares with the other layers of its cache.
-        layer_idx: its index.
-        layer_rank: `(i, n)`, this is folding layer `i` of `n`; `None` where that is not known.
-    """
-
-    def __init__(self, shared: Shared, layer_idx: int, layer_rank: tuple[int, int] | None = None) -> None:
-        self.layer_rank = layer_rank
-        super().__init__(shared, layer_idx)
-
-    def join(self, shared: Shared) -> None:
-        super().join(shared)
-        self.guards = Guards(self.layer_idx, shared)
+class MergingLayer(FoldingLayer):
+    """A full-attention layer that folds, once a prompt was read."""
 
     def _clear(self) -> None:
         super()._clear()
         self.record_past = False
         self._drafting = False  # a recorded prompt was cropped, so what comes next are drafts and not a prompt
-        self._fold_due = False
         self._awaits_attention = False  # of the last pass
         self._prompt: tuple[Tensor, Tensor] | None = None  # keys and values of a pass whose attention is to be observed
-        self._observed = Observed()
-
-    @property
-    def budget(self) -> Budget | None:
-        """What says which tokens of this layer survive; `None` where all do."""
-        return None if self._shared.config.compression_ratio == 0 else self._shared.fold.budget
-
-    @property
-    def merger(self) -> Merger | None:
-        """What becomes of the tokens that this layer evicts; `None` where it evicts none."""
-        return None if self._shared.config.compression_ratio == 0 else self._shared.fold.merger
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held, what was observed included."""
-        return super().nbytes + self._observed.nbytes
 
     # Growing ----------------------------------------------------------------------------------------------------------
 
@@ -84,7 +44,7 @@ class MergingLayer(StoredLayer):
         new = key_states.shape[2]
         self._miss_attention()
         if self._folds_before(new):
-            self._fold_if_due()
+            self.fold_if_due()
         if self._has_fitted_slots:
             self._check_read()
         is_prompt = new > 1 or not self.num_stored  # the first token of all is a prompt, too
@@ -92,7 +52,7 @@ class MergingLayer(StoredLayer):
         self.append(key_states, value_states)
         keys, values = self.storage.read()
         if is_prompt and fold.is_due(self.num_stored, self.seen, config.num_slots(self.seen)):
-            self._fold_due = True
+            self.fold_is_due = True
         is_observed = is_prompt and self._shared.link.expected
         if is_observed or self._has_fitted_slots:
             self._awaits_attention = True
@@ -148,25 +108,19 @@ class MergingLayer(StoredLayer):
             keys, values: all that is stored.
             before: what was observed before it, which is all that stays if the fold is refused.
         """
-        if self._fold_due and not self.record_past and self._shared.config.fold_at == "prefill":
+        if self.fold_is_due and not self.record_past and self._shared.config.fold_at == "prefill":
             try:
-                self._fold_if_due(keys, values)
+                self.fold_with_others(keys, values)
             except Exception:
-                self._fold_due, self._observed = False, before
+                self.fold_is_due, self.scored, self._observed = False, None, before
                 self.take_back(new)
                 raise
-        if not self._fold_due and self._folds_before(new):
+        if not self.fold_is_due and self._folds_before(new):
             self.storage.settle()
 
     def _folds_before(self, new: int) -> bool:
         """Whether a fold that is due is done no later than before a pass of `new` tokens."""
         return not self.record_past and (new == 1 or self._shared.config.fold_at == "prefill")
-
-    @contextmanager
-    def _in_full_precision(self) -> Iterator[None]:
-        """Scores are computed in fp32 and without gradients, whatever the model runs in."""
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            yield
 
     # Attention that the mask of transformers does not fit -------------------------------------------------------------
 
@@ -201,69 +155,16 @@ class MergingLayer(StoredLayer):
 
         Where layers differ this is not known before, and need not be: masks are fitted to each layer then.
         """
-        if not self._fold_due:
+        if not self.fold_is_due:
             return self.num_stored
         padding = self._shared.padding.of_tokens(self.positions[:, 0])
         width = self._shared.fold.width(padding, self._shared.config.num_slots(self.seen))
         return min(self.num_stored, width)
 
-    def _fold_if_due(self, *stored: Tensor) -> None:
-        """Fold what is stored, if that is due; `stored` are its keys and values where they are at hand."""
-        if self._fold_due:
-            self._replace(self._folded(*(stored or self.storage.read())))
-        self._fold_due = False
-
-    def _folded(self, keys: Tensor, values: Tensor) -> Slots:
-        """Fold what is stored; changes nothing here."""
-        self.guards.check_mergeable(self.shape)
-        self.guards.check_owner(self._observed.owner)
-        padding, num_slots = self._shared.padding, self._shared.config.num_slots(self.seen)
-        padding.warn_if_unknown(keys)
-        with self._in_full_precision():
-            slots = self._shared.fold(self._states(keys, values), num_slots)
-        return replace(slots, positions=padding.sequence_positions(slots.positions))
-
-    def _states(self, keys: Tensor, values: Tensor) -> LayerStates:
-        """Everything that is stored and was observed, with positions that do not count padding."""
-        positions, valid, observed = self.positions, self.storage.valid, self._observed
-        row_positions = self._shared.padding.row_positions
-        # padding is evicted from all heads alike, so one head's positions tell
-        padding = self._shared.padding.of_tokens(positions[:, 0])
-        if valid is not None:
-            valid = torch.nn.functional.pad(valid, (0, self._tail), value=True)
-            if padding is not None:
-                padding[:, : self.num_slots] = False  # none is among ragged slots
-                padding = padding if padding.any() else None
-        return LayerStates(
-            keys=keys,
-            values=values,
-            positions=row_positions(positions),
-            log_mass=self.log_mass,
-            padding=padding,
-            valid=valid,
-            queries=observed.queries,
-            query_positions=None if observed.queries is None else row_positions(observed.positions),
-            hidden_states=observed.hidden_states,
-            remembered={name: one.resized(self.num_stored) for name, one in observed.remembered.items()},
-            module=observed.owner.module,
-            rotary=observed.owner.rotary,
-            scaling=observed.scaling,
-            layer_idx=self.layer_idx,
-            layer_rank=self.layer_rank,
-            traced=self._shared.traced,
-            known_seen=None if self._shared.padding.is_there else self.seen,
-        )
-
-    def _replace(self, slots: Slots) -> None:
-        """Store folded slots in place of everything."""
-        self.storage = store(slots, self._shared.new_storage)
-        self._observed.settle(self._shared.fold, slots)
-        self.tally = Tally.after(self.tally, slots)
-
     def fold(self) -> None:
         """Fold now, if that is due."""
         self._miss_attention()
-        self._fold_if_due()
+        self.fold_if_due()
 
     def finish(self) -> None:
         """Fold if that is due, since only single tokens follow, and check that they need nothing but keys and values.
@@ -274,14 +175,6 @@ class MergingLayer(StoredLayer):
         self.guards.check_fixable(is_empty=not self.num_stored, records=self.record_past)
         self.fold()
         self.guards.check_plain(self._has_fitted_slots)
-
-    def release(self) -> None:
-        """Forget the attention module, so that this cache does not keep the model alive."""
-        self._observed.owner = self._observed.owner.forgotten()
-
-    def _select_rows(self, indices: Tensor) -> None:
-        super()._select_rows(indices)
-        self._observed.select_rows(indices)
 
     # What transformers is told ----------------------------------------------------------------------------------------
 
@@ -327,8 +220,9 @@ class MergingLayer(StoredLayer):
             if self._shared.fold.observes and self._observed.new:
                 with self._in_full_precision():
                     self._observed.digest(self._shared.fold, self._states(*self.storage.read()))
-            self._fold_if_due()
-            self.storage.settle()
+            self.fold_with_others()
+            if not self.fold_is_due:
+                self.storage.settle()
 
     def check_crop(self, tokens_to_remove: int) -> int:
         """How many tokens `crop(tokens_to_remove)` removes; raises what it would raise."""

@@ -9,6 +9,7 @@ from ..config import MergingConfig
 from ..fold import Fold
 from ..model import Link
 from ..storage import EvenStorage
+from .joint import JointFold
 from .padding import Padding
 
 
@@ -26,6 +27,7 @@ class Shared:
         link: the cache's side of the link to its model.
         new_storage: makes the storage of a layer.
         traced: whether to keep where every evicted token went.
+        joint: the layers that fold together, where the budget is over layers.
     """
 
     config: MergingConfig
@@ -34,10 +36,12 @@ class Shared:
     link: Link
     new_storage: Callable[[], EvenStorage]
     traced: bool = False
+    joint: JointFold | None = None
 
     def twin(self) -> "Shared":
         """For a copy of the cache: another batch, linked and released by itself."""
-        return replace(self, padding=copy.deepcopy(self.padding), link=copy.deepcopy(self.link))
+        joint = None if self.joint is None else JointFold(self.joint.budget)
+        return replace(self, padding=copy.deepcopy(self.padding), link=copy.deepcopy(self.link), joint=joint)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
         return self

@@ -1,0 +1,165 @@
+"""FoldingLayer: how one attention layer is folded, out of what it stores and has observed.
+
+Knows nothing of how tokens are scored, chosen and merged (`fold.py`), nor of when it is time (`merging.py`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..budgets import Budget
+from ..mergers import Merger
+from ..states import LayerStates, Slots, Tally
+from ..storage import store
+from .guards import Guards
+from .joint import Scored
+from .observed import Observed
+from .shared import Shared
+from .stored import StoredLayer
+
+
+class FoldingLayer(StoredLayer):
+    """A full-attention layer that can be folded: alone, or where the budget is over layers with all the others.
+
+    Args:
+        shared: what it shares with the other layers of its cache.
+        layer_idx: its index.
+        layer_rank: `(i, n)`, this is folding layer `i` of `n`; `None` where that is not known.
+
+    Attributes:
+        fold_is_due: whether it waits for its fold.
+        scored: what it has handed up, while it waits for the other layers.
+    """
+
+    def __init__(self, shared: Shared, layer_idx: int, layer_rank: tuple[int, int] | None = None) -> None:
+        self.layer_rank = layer_rank
+        super().__init__(shared, layer_idx)
+
+    def join(self, shared: Shared) -> None:
+        super().join(shared)
+        self.guards = Guards(self.layer_idx, shared)
+        if shared.joint is not None:
+            shared.joint.join(self)
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.fold_is_due = False
+        self.scored: Scored | None = None
+        self._observed = Observed()
+
+    @property
+    def budget(self) -> Budget | None:
+        """What says which tokens of this layer survive; `None` where all do."""
+        return None if self._shared.config.compression_ratio == 0 else self._shared.fold.budget
+
+    @property
+    def merger(self) -> Merger | None:
+        """What becomes of the tokens that this layer evicts; `None` where it evicts none."""
+        return None if self._shared.config.compression_ratio == 0 else self._shared.fold.merger
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, what was observed included."""
+        return super().nbytes + self._observed.nbytes
+
+    # Folding ----------------------------------------------------------------------------------------------------------
+
+    def fold_if_due(self, *stored: Tensor) -> None:
+        """Fold what is stored, if that is due; `stored` are its keys and values where they are at hand.
+
+        Where layers fold together all do that wait for it.
+        """
+        if not self.fold_is_due:
+            return
+        if self._shared.joint is not None:
+            self._shared.joint.fold()
+            return
+        with self._prepared(*stored) as states:
+            slots = self._shared.fold(states, self._shared.config.num_slots(self.seen))
+        self._replace(slots)
+
+    def fold_with_others(self, *stored: Tensor) -> None:
+        """The same after a pass, which reaches the other layers later: where layers fold together, with the last."""
+        if not self.fold_is_due or self._shared.joint is None:
+            self.fold_if_due(*stored)
+            return
+        self.score(*stored)
+        self._shared.joint.fold_if_all_are_scored()
+
+    def score(self, *stored: Tensor) -> None:
+        """Score what is stored, for a fold together with the other layers."""
+        with self._prepared(*stored) as states:
+            scores, num_slots = self._shared.fold.score(states, self._shared.config.num_slots)
+        self.scored = Scored(scores, states.positions, num_slots)
+
+    def fold_into(self, kept: Tensor) -> None:
+        """Fold into the tokens `[B, H, L]` bool, which were chosen by the scores of all layers."""
+        with self._prepared() as states:
+            slots = self._shared.fold.keep(states, kept, self.scored.scores)
+        self._replace(slots)
+
+    @contextmanager
+    def _prepared(self, *stored: Tensor) -> Iterator[LayerStates]:
+        """What is to be folded, once it was looked at."""
+        keys, values = stored or self.storage.read()
+        self.guards.check_mergeable(self.shape)
+        self.guards.check_owner(self._observed.owner)
+        self._shared.padding.warn_if_unknown(keys)
+        with self._in_full_precision():
+            yield self._states(keys, values)
+
+    @contextmanager
+    def _in_full_precision(self) -> Iterator[None]:
+        """Scores are computed in fp32 and without gradients, whatever the model runs in."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            yield
+
+    def _states(self, keys: Tensor, values: Tensor) -> LayerStates:
+        """Everything that is stored and was observed, with positions that do not count padding."""
+        positions, valid, observed = self.positions, self.storage.valid, self._observed
+        row_positions = self._shared.padding.row_positions
+        # padding is evicted from all heads alike, so one head's positions tell
+        padding = self._shared.padding.of_tokens(positions[:, 0])
+        if valid is not None:
+            valid = torch.nn.functional.pad(valid, (0, self._tail), value=True)
+            if padding is not None:
+                padding[:, : self.num_slots] = False  # none is among ragged slots
+                padding = padding if padding.any() else None
+        return LayerStates(
+            keys=keys,
+            values=values,
+            positions=row_positions(positions),
+            log_mass=self.log_mass,
+            padding=padding,
+            valid=valid,
+            queries=observed.queries,
+            query_positions=None if observed.queries is None else row_positions(observed.positions),
+            hidden_states=observed.hidden_states,
+            remembered={name: one.resized(self.num_stored) for name, one in observed.remembered.items()},
+            module=observed.owner.module,
+            rotary=observed.owner.rotary,
+            scaling=observed.scaling,
+            layer_idx=self.layer_idx,
+            layer_rank=self.layer_rank,
+            traced=self._shared.traced,
+            known_seen=None if self._shared.padding.is_there else self.seen,
+        )
+
+    def _replace(self, slots: Slots) -> None:
+        """Store folded slots in place of everything."""
+        slots = replace(slots, positions=self._shared.padding.sequence_positions(slots.positions))
+        self.storage = store(slots, self._shared.new_storage)
+        self._observed.settle(self._shared.fold, slots)
+        self.tally = Tally.after(self.tally, slots)
+        self.fold_is_due, self.scored = False, None
+
+    def release(self) -> None:
+        """Forget the attention module, so that this cache does not keep the model alive."""
+        self._observed.owner = self._observed.owner.forgotten()
+
+    def _select_rows(self, indices: Tensor) -> None:
+        super()._select_rows(indices)
+        self._observed.select_rows(indices)
