@@ -78,7 +78,7 @@ def new_cache(quantized, **how):
 
 @torch.no_grad()
 @pytest.mark.parametrize("merger", sorted(MERGERS))
-@pytest.mark.parametrize("budget", sorted(BUDGETS))
+@pytest.mark.parametrize("budget", sorted(BUDGETS.keys() - {"auto"}))
 @pytest.mark.parametrize("scorer", sorted(SCORERS))
 def test_padded_turns_equal_rows_alone(scorer, budget, merger, weights):
     """Dense and quantized, over two turns; after the first both have kept the very same tokens."""
@@ -107,7 +107,7 @@ def test_padded_turns_equal_rows_alone(scorer, budget, merger, weights):
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["dense", "fp8"])
-@pytest.mark.parametrize("budget", sorted(BUDGETS))
+@pytest.mark.parametrize("budget", sorted(BUDGETS.keys() - {"auto"}))
 @pytest.mark.parametrize("scorer", sorted(SCORERS))
 def test_beams_and_drafts(scorer, budget, quantized, weights):
     """A beam scores what its tokens score alone; drafts leave the cache of the accepted tokens fed by hand."""
