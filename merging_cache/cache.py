@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from .config import MergingConfig, resolve_config
 from .layers import FixedCache, HybridLayer, JointFold, MergingHybridLayer, MergingLayer, Padding, Shared, TokensSeen
-from .model import Link, can_link, check_supported, config_of, reads_stored_keys, takes_masks
+from .model import Link, can_link, check_supported, config_of, reads_stored_keys, takes_masks, tensor_parallel_group
 from .report import CacheReport, Fates, report_layers
 from .stage import check_number
 from .storage import DenseStorage, EvenStorage, QuantizedStorage, make_backend
@@ -91,7 +91,7 @@ class MergingDynamicCache(DynamicCache):
         hidden_states = needed and fold.needs_hidden_states
         # last of what may raise, so that no model is left linked
         link = Link(model, config, needed, type(self).__name__, hidden_states)
-        joint = JointFold(fold.budget) if fold.budget.over_layers else None
+        joint = JointFold(fold.budget, tensor_parallel_group(model)) if fold.budget.over_layers else None
         self._shared = Shared(self.merging, fold, padding, link, self._storage(), trace, joint)
         if config is None:
             if folds:

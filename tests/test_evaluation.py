@@ -307,19 +307,21 @@ def test_two_processes_give_what_one_gives(launcher, tmp_path, small):
     assert "2 processes" in (tmp_path / "summary.md").read_text()
 
 
-def test_tensor_parallel_gives_what_one_process_gives(tmp_path, small):
-    """Each process holds the caches of its own KV heads, which are counted together.
+def test_tensor_parallel_gives_what_one_process_gives(tmp_path):
+    """Each process holds the caches of its own KV heads, which are counted together; a budget over layers sees all.
 
     At the end they leave their group: one whose gloo threads still run when Python exits is aborted, now and then.
     """
-    _, module, *options = command(tmp_path, "--tp-plan", "auto")
+    _, module, *options = command(tmp_path, "--tp-plan", "auto", "--budgets", "uniform", "global")
     script = tmp_path / "run.py"
     script.write_text(
         f"from torch import distributed\nfrom {module}.__main__ import main\n"
         f"main({options!r})\nassert not distributed.is_initialized()\n"
     )
     launch("torchrun", "--standalone", "--nproc-per-node", "2", str(script))
-    expected, found = measured(small), by_example(read_lines(tmp_path)[1:])
+    alone = Evaluation(EvaluationConfig(**SMALL | {"budgets": ["uniform", "global"]}))
+    alone.run(progress=False)
+    expected, found = measured(alone), by_example(read_lines(tmp_path)[1:])
     assert found.keys() == expected.keys()
     for key, row in found.items():
         for name, value in row.items():

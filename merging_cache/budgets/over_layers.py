@@ -12,7 +12,7 @@ from .base import Budget
 
 @dataclass
 class GlobalBudget(Budget):
-    """The highest scores over all layers and heads of a cache, however they are spread.
+    """The highest scores over all layers and heads of a cache, however they are spread (as in KVzip, arXiv:2505.23416).
 
     Together they keep `num_slots * heads * layers` slots, no more and no less; of equal scores the later token stays.
     Sinks, recent tokens and the best token of every head are among them. Each row of a batch has its own threshold. It
@@ -55,11 +55,11 @@ class GlobalBudget(Budget):
 
 
 def _with_best(scores: Tensor) -> Tensor:
-    """With the best token of every head among those that must be kept."""
-    best = scores.argmax(dim=-1, keepdim=True)
-    return scores.scatter(
-        -1, best, scores.gather(-1, best).masked_fill(scores.amax(-1, keepdim=True) > -torch.inf, torch.inf)
-    )
+    """With the best token of every head, of equal ones the last, among those that must be kept."""
+    index = torch.arange(scores.shape[-1], device=scores.device)
+    is_best = (scores == scores.amax(dim=-1, keepdim=True)) & (scores > -torch.inf)
+    last = index.masked_fill(~is_best, -1).amax(dim=-1, keepdim=True)
+    return scores.masked_fill(is_best & (index == last), torch.inf)
 
 
 def _highest(scores: Tensor, positions: Tensor, count: int) -> Tensor:

@@ -6,6 +6,7 @@ Knows nothing of how tokens are scored, chosen and merged (`fold.py`), nor of wh
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from ..mergers import Merger
 from ..states import LayerStates, Slots, Tally
 from ..storage import store
 from .guards import Guards
-from .joint import Scored
+from .joint import JointFold, Scored
 from .observed import Observed
 from .shared import Shared
 from .stored import StoredLayer
@@ -41,8 +42,18 @@ class FoldingLayer(StoredLayer):
     def join(self, shared: Shared) -> None:
         super().join(shared)
         self.guards = Guards(self.layer_idx, shared)
-        if shared.joint is not None:
-            shared.joint.join(self)
+        if self.joint is not None:
+            self.joint.join(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.joint is not None:  # copies that a model makes of its layers fold with the others
+            self.joint.join(self)
+
+    @property
+    def joint(self) -> JointFold | None:
+        """The layers that it folds together with; `None` where it folds alone."""
+        return self._shared.joint
 
     def _clear(self) -> None:
         super()._clear()
@@ -74,8 +85,8 @@ class FoldingLayer(StoredLayer):
         """
         if not self.fold_is_due:
             return
-        if self._shared.joint is not None:
-            self._shared.joint.fold()
+        if self.joint is not None:
+            self.joint.fold()
             return
         with self._prepared(*stored) as states:
             slots = self._shared.fold(states, self._shared.config.num_slots(self.seen))
@@ -83,11 +94,11 @@ class FoldingLayer(StoredLayer):
 
     def fold_with_others(self, *stored: Tensor) -> None:
         """The same after a pass, which reaches the other layers later: where layers fold together, with the last."""
-        if not self.fold_is_due or self._shared.joint is None:
+        if not self.fold_is_due or self.joint is None:
             self.fold_if_due(*stored)
             return
         self.score(*stored)
-        self._shared.joint.fold_if_all_are_scored()
+        self.joint.fold_if_all_are_scored()
 
     def score(self, *stored: Tensor) -> None:
         """Score what is stored, for a fold together with the other layers."""
@@ -97,9 +108,14 @@ class FoldingLayer(StoredLayer):
 
     def fold_into(self, kept: Tensor) -> None:
         """Fold into the tokens `[B, H, L]` bool, which were chosen by the scores of all layers."""
+        was_offloaded = self._is_offloaded
+        if was_offloaded:
+            self.prefetch()
         with self._prepared() as states:
             slots = self._shared.fold.keep(states, kept, self.scored.scores)
         self._replace(slots)
+        if was_offloaded:
+            self.offload()
 
     @contextmanager
     def _prepared(self, *stored: Tensor) -> Iterator[LayerStates]:

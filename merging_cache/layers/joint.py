@@ -4,6 +4,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch.distributed as dist
 from torch import Tensor
 
 from ..budgets import Budget
@@ -28,6 +29,10 @@ class Member(Protocol):
     """What a layer has to be able to do."""
 
     @property
+    def joint(self) -> "JointFold | None":
+        """That of its cache."""
+
+    @property
     def fold_is_due(self) -> bool:
         """Whether it waits for its fold."""
 
@@ -47,28 +52,29 @@ class JointFold:
 
     Args:
         budget: one over layers.
+        group: the processes that hold the heads of each layer among them (tensor parallelism), or `None` for this one.
     """
 
-    def __init__(self, budget: Budget) -> None:
-        self.budget = budget
+    def __init__(self, budget: Budget, group: Any = None) -> None:
+        self.budget, self.group = budget, group
         self._members: list[weakref.ref[Member]] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return JointFold, (self.budget,)  # the layers that come with it join anew; processes do not travel
+
+    def twin(self) -> "JointFold":
+        """For a copy of the cache, whose layers are to join it."""
+        return JointFold(self.budget, self.group)
 
     def join(self, member: Member) -> None:
         """Have a layer fold with the others."""
-        self._members.append(weakref.ref(member))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"budget": self.budget, "members": self.members}  # weak references are not pickled
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["budget"])
-        for member in state["members"]:
-            self.join(member)
+        self._members = [weakref.ref(one) for one in (*self.members, member)]
 
     @property
     def members(self) -> list[Member]:
-        """Those that are still there, in the order in which they joined."""
-        return [member for ref in self._members if (member := ref()) is not None]
+        """Those that are still there and of the same cache, in the order in which they joined."""
+        there = (ref() for ref in self._members)
+        return [member for member in there if member is not None and member.joint is self]
 
     def fold_if_all_are_scored(self) -> None:
         """Fold once the last layer was scored."""
@@ -81,9 +87,17 @@ class JointFold:
         for member in due:
             if member.scored is None:
                 member.score()
-        if not due:
-            return
-        scored = [member.scored for member in due]
-        scores, positions = [one.scores for one in scored], [one.positions for one in scored]
-        for member, kept in zip(due, self.budget.share(scores, positions, scored[0].num_slots), strict=True):
-            member.fold_into(kept)
+        if due:
+            for member, kept in zip(due, self._survivors([member.scored for member in due]), strict=True):
+                member.fold_into(kept)
+
+    def _survivors(self, layers: list[Scored]) -> list[Tensor]:
+        """Which tokens survive in each layer, `[B, H, L]` bool, of the heads that this process holds."""
+        blocks, mine = [(one.scores, one.positions) for one in layers], slice(None)
+        if self.group is not None:
+            of_processes: list[Any] = [None] * dist.get_world_size(self.group)
+            dist.all_gather_object(of_processes, [[part.cpu() for part in block] for block in blocks], self.group)
+            blocks = [block for of_layer in zip(*of_processes, strict=True) for block in of_layer]
+            mine = slice(dist.get_rank(self.group), None, len(of_processes))
+        kept = self.budget.share(*zip(*blocks, strict=True), layers[0].num_slots)
+        return [one.to(layer.scores.device) for one, layer in zip(kept[mine], layers, strict=True)]

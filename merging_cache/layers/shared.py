@@ -40,7 +40,7 @@ class Shared:
 
     def twin(self) -> "Shared":
         """For a copy of the cache: another batch, linked and released by itself."""
-        joint = None if self.joint is None else JointFold(self.joint.budget)
+        joint = None if self.joint is None else self.joint.twin()
         return replace(self, padding=copy.deepcopy(self.padding), link=copy.deepcopy(self.link), joint=joint)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":

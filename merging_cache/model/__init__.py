@@ -4,6 +4,7 @@ from .attention import Pass, find_pass
 from .calling import CACHE_ARGUMENT, cache_argument
 from .link import Link, can_link, linked_model, merging_attention
 from .loading import SHIPPED_MODELS, LoadedModel, load_model, model_folder
+from .parallel import tensor_parallel_group
 from .rotary import Rotary, rotary_of
 from .support import check_supported, config_of, most_positions, reads_stored_keys, settings, takes_masks
 
@@ -28,4 +29,5 @@ __all__ = [
     "rotary_of",
     "settings",
     "takes_masks",
+    "tensor_parallel_group",
 ]
