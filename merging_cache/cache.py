@@ -101,6 +101,11 @@ class MergingDynamicCache(DynamicCache):
         # last of what may raise, so that no model is left linked
         link = Link(model, config, needed, type(self).__name__, hidden_states)
         joint = JointFold(fold.budget, tensor_parallel_group(model)) if fold.budget.over_layers else None
+        if folds and fold.scorer.reads_again and config is not None and config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(config).__name__.removesuffix('Config')} reads its prompt in an encoder, so its decoder cannot "
+                f"read it again; choose another scorer than {fold.scorer.stage_name}, such as 'keydiff'"
+            )
         again = SecondReading(fold.scorer.chunk_size) if folds and fold.scorer.reads_again else None
         if again is not None:
             link.watch_passes()
@@ -216,9 +221,11 @@ class MergingDynamicCache(DynamicCache):
 
     def before_pass(self, given: Mapping[str, Any]) -> None:
         """The model is about to read; called by its decoder, where the scorer reads again."""
-        new = next(part for name in ("inputs_embeds", "input_ids") if (part := given.get(name)) is not None).shape[1]
-        if self._shared.again is not None and any(layer.folds_before(new) for layer in self.folding_layers):
-            self.fold()
+        if self._shared.again is not None:
+            self._shared.again.check(given)
+            new = given["input_ids" if given.get("inputs_embeds") is None else "inputs_embeds"].shape[1]
+            if any(layer.folds_before(new) for layer in self.folding_layers):
+                self.fold()
 
     def after_pass(self, given: Mapping[str, Any]) -> None:
         """The model has read; called by its decoder, where the scorer reads again."""

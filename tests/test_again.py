@@ -2,14 +2,20 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import BartConfig, BartForConditionalGeneration, DynamicCache
 
 from merging_cache import MergingDynamicCache, MergingQuantizedCache, Reading
+from merging_cache.layers import MergingHybridLayer, again
 from merging_cache.model import cache_argument
+from merging_cache.scorers import KVzipScorer
 from models import WINDOW, assert_same_cache, greedy, left_padded, llama, prompt, tiny_model
 
 pytestmark = pytest.mark.core
+LINEAR = ["qwen3_next", "falcon_h1"] if MergingHybridLayer else []  # older transformers keep their states elsewhere
 KINDS = {"dynamic": MergingDynamicCache, "fp8": lambda **options: MergingQuantizedCache("fp8", **options)}
+
+BART = {"vocab_size": 97, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32}
+BART |= {"decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 
 
 def kvzip(model, kind="dynamic", chunk_size=2048, **options):
@@ -18,29 +24,46 @@ def kvzip(model, kind="dynamic", chunk_size=2048, **options):
 
 
 @torch.no_grad()
-def by_attention(model, ids, chunk_size):
+def by_attention(model, ids, chunk_size, plus):
     """By layer `[H, L]`: the largest weight on each token of an eager model that reads the ids again, in chunks."""
     length, best = ids.shape[1], None
     for piece in ids.split(chunk_size, dim=1):
-        cache = DynamicCache(config=model.config)
+        cache, inputs = DynamicCache(config=model.config), []
         model(ids, **cache_argument(cache))
+        hooks = [
+            layer.self_attn.register_forward_pre_hook(
+                lambda _, args, kwargs, inputs=inputs: inputs.append(kwargs["hidden_states"]), with_kwargs=True
+            )
+            for layer in model.model.layers
+        ]
         found = model(piece, **cache_argument(cache), output_attentions=True).attentions
-        weights = [one[0, :, :, :length].amax(dim=1) for one in found]  # [Hq, L]
+        for hook in hooks:
+            hook.remove()
+        weights = [one[0, :, :, :length] for one in found]  # [Hq, q, L]
+        if plus:
+            weights = [one / given[0].norm(dim=-1)[:, None] for one, given in zip(weights, inputs, strict=True)]
+        weights = [one.amax(dim=1) for one in weights]
         best = weights if best is None else [torch.maximum(*pair) for pair in zip(best, weights, strict=True)]
+    if plus:
+        for number, layer in enumerate(model.model.layers):
+            parts = layer.self_attn.o_proj.weight.unflatten(1, (len(best[number]), -1))  # [hidden, Hq, D]
+            values = cache.layers[number].values[0, :, :length].repeat_interleave(2, dim=0)  # [Hq, L, D]
+            best[number] = best[number] * torch.einsum("nhd,hld->hln", parts, values).norm(dim=-1)
     heads = cache.layers[0].keys.shape[1]
     return [one.unflatten(0, (heads, -1)).amax(dim=1) for one in best]
 
 
+@pytest.mark.parametrize("plus", [False, True])
 @pytest.mark.parametrize("chunk_size", [2048, 25])
 @torch.no_grad()
-def test_scores_are_the_largest_attention_of_a_second_pass(chunk_size):
-    model, ids = llama("eager"), prompt(60)
-    expected = by_attention(model, ids, chunk_size)
+def test_scores_are_the_largest_attention_of_a_second_pass(chunk_size, plus, monkeypatch):
+    model, ids, shown = llama("eager"), prompt(60), []
+    expected = by_attention(model, ids, chunk_size, plus)
     before = model(ids, **cache_argument(DynamicCache(config=model.config))).logits
-    shown = []
-    cache = kvzip(model, chunk_size=chunk_size, compression_ratio=0.5, budget="uniform")
-    score = type(cache._shared.fold.scorer).score
-    cache._shared.fold.scorer.score = lambda states: shown.append(score(cache._shared.fold.scorer, states)) or shown[-1]
+    score = KVzipScorer.score
+    monkeypatch.setattr(KVzipScorer, "score", lambda *args: shown.append(score(*args)) or shown[-1])
+    scorer = {"name": "kvzip", "chunk_size": chunk_size, "plus": plus}
+    cache = kvzip(model, scorer=scorer, compression_ratio=0.5, budget="uniform")
     output = model(ids, **cache_argument(cache))
     assert torch.equal(output.logits, before)
     assert cache.get_seq_length() == 60
@@ -85,7 +108,7 @@ def test_late_folds_embeddings_and_readings_give_the_same(kind):
             assert_same_cache(cache, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next", "gpt2", "phi3", "mixtral", "falcon_h1"])
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "phi3", "mixtral", *LINEAR])
 def test_other_architectures(family):
     model, ids = tiny_model(family), prompt(60)
     cache = kvzip(model, compression_ratio=0.5)
@@ -110,3 +133,47 @@ def test_turns_beams_and_drafts():
     greedy(model, ids, **cache_argument(drafted), prompt_lookup_num_tokens=3, output_logits=False)
     greedy(model, ids, **cache_argument(plain))
     assert drafted.layers[0].num_slots
+
+
+@torch.no_grad()
+def test_what_cannot_be_read_again_is_refused():
+    model, ids = llama(), prompt(40)
+    cache = kvzip(model, fold_at="decode", compression_ratio=0.5)
+    model(ids, **cache_argument(cache))
+    cache.release()
+    with pytest.raises(ValueError, match="KVzipScorer has LlamaForCausalLM read the prompt again, but"):
+        cache.fold()
+    with pytest.raises(ValueError, match="Bart reads its prompt in an encoder, so its decoder cannot read it again"):
+        kvzip(BartForConditionalGeneration(BartConfig(**BART)))
+    cache = kvzip(model, compression_ratio=0.5)
+    planes = torch.arange(40).expand(3, 1, 40) * torch.tensor([1, 2, 3]).view(3, 1, 1)
+    with pytest.raises(NotImplementedError, match="with images, or other tokens that are placed in a plane"):
+        cache.before_pass({"input_ids": ids, "position_ids": planes})
+    other = llama()
+    config = MergingDynamicCache(config=other.config, scorer="kvzip", **WINDOW)
+    other(ids, **cache_argument(config))
+    with pytest.raises(ValueError, match="must see the attention of Llama"):
+        other(prompt(1), **cache_argument(config))
+
+
+@torch.no_grad()
+def test_nothing_is_left_behind():
+    """Neither hooks nor tokens that wait; and a context at the end of the model's positions is read again, too."""
+    model = llama()
+    most = model.config.max_position_embeddings
+    cache = kvzip(model, compression_ratio=0.5)
+    model(prompt(most), **cache_argument(cache))
+    assert sum(int(layer.slots_per_head.sum()) for layer in cache.layers) == most // 2 * 4
+    assert not cache._shared.again._passes
+    decoder = model.get_decoder()
+    assert decoder._forward_hooks
+    cache.release()
+    assert not decoder._forward_hooks
+    assert not decoder._forward_pre_hooks
+
+
+def test_long_prompts_show_a_progress_bar(monkeypatch, capsys):
+    monkeypatch.setattr(again, "SHOWN_FROM", 30)
+    model = llama()
+    model(prompt(40), **cache_argument(kvzip(model, compression_ratio=0.5)))
+    assert "reading again: 100%" in capsys.readouterr().err

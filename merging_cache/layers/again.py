@@ -5,7 +5,7 @@ Knows how transformers' models are called, and of layers what they store.
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,9 +42,9 @@ class AgainLayer(DynamicLayer):
         Pass(self, self._layer.layer_idx, both[0].shape[2], *self._layer.fitted_slots()).announce(both[0])
         return both
 
-    def attended(self, query: Tensor, key: Tensor, **rest: Any) -> None:
+    def attended(self, query: Tensor, key: Tensor, hidden_states: Tensor | None, **rest: Any) -> None:
         """Tell the other layer."""
-        self._layer.observe_again(query, key, self._given, self._positions)
+        self._layer.observe_again(query, key, self._given, self._positions, hidden_states)
 
     def get_seq_length(self) -> int:
         return self._layer.seen
@@ -83,19 +83,22 @@ class SecondReading:
         self.chunk_size = chunk_size
         self._passes: list[tuple[str, Tensor]] = []  # the name of the model's argument, and what came
 
-    def note(self, given: dict[str, Any]) -> None:
-        """Take down a pass by the arguments of the model.
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Refuse a pass by the arguments of the model, before it is read.
 
         Raises:
             NotImplementedError: for tokens that are placed by more than their position in the text.
         """
-        name = "inputs_embeds" if given.get("inputs_embeds") is not None else "input_ids"
         positions = given.get("position_ids")
         if positions is not None and positions.dim() == 3 and not bool((positions == positions[:1]).all()):
             raise NotImplementedError(
-                "a context with images or other tokens that are placed in a plane cannot be read again behind itself; "
-                "choose another scorer, such as 'keydiff'"
+                "a context with images, or other tokens that are placed in a plane, cannot be read again behind "
+                "itself; choose another scorer, such as 'keydiff'"
             )
+
+    def note(self, given: Mapping[str, Any]) -> None:
+        """Take down a pass by the arguments of the model."""
+        name = "inputs_embeds" if given.get("inputs_embeds") is not None else "input_ids"
         self._passes.append((name, given[name].detach()))
 
     def clear(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..budgets import Budget
 from ..mergers import Merger
-from ..states import LayerStates, Slots, Tally
+from ..states import Again, LayerStates, Slots, Tally
 from ..storage import store
 from .guards import Guards
 from .joint import JointFold, Scored
@@ -78,7 +78,9 @@ class FoldingLayer(StoredLayer):
         """Bytes held, what was observed included."""
         return super().nbytes + self._observed.nbytes
 
-    def observe_again(self, query: Tensor, key: Tensor, given: Tensor, positions: Tensor) -> None:
+    def observe_again(
+        self, query: Tensor, key: Tensor, given: Tensor, positions: Tensor, hidden_states: Tensor | None
+    ) -> None:
         """Have the scorer look at tokens that are read again.
 
         Args:
@@ -86,13 +88,16 @@ class FoldingLayer(StoredLayer):
             key: what the attention was given.
             given: `[B, H, L + q, D]`, the stored keys and those of these tokens.
             positions: `[B, q]`, negative where a row has no such token.
+            hidden_states: `[B, q, hidden]`, the attention's input, where someone asked for it.
         """
+        self.guards.check_hidden_states(hidden_states)
         with self._in_full_precision():
             queries = by_stored_head(query.detach(), key, given)
             self.guards.check_comparable(queries, key, given)
             states = self._states(*self.storage.read())
-            own = given[:, :, self.num_stored :]
-            states = replace(states, queries=queries, query_positions=positions, again=own)
+            norms = None if hidden_states is None else torch.linalg.vector_norm(hidden_states.float(), dim=-1)
+            again = Again(given[:, :, self.num_stored :], norms)
+            states = replace(states, queries=queries, query_positions=positions, again=again)
             statistics = self._shared.fold.observe_again(states)
         self._observed.remembered = self._observed.remembered | {"scorer": statistics}
         self.was_read_again = True
