@@ -204,6 +204,7 @@ class LayerStates:
             return tensor[rows].index_select(2, tokens)
 
         queries, query_positions, hidden = self.queries, self.query_positions, self.hidden_states
+        asked: Tensor | slice = slice(None)
         if queries is not None:
             asked = (query_positions[rows[0]] >= 0).nonzero().squeeze(1)
             queries, query_positions = queries[rows][:, :, asked], query_positions[rows][:, asked]
