@@ -1,10 +1,11 @@
 """A KV cache for transformers that folds evicted tokens into the survivors instead of throwing them away."""
 
 from .budgets import BUDGETS, Budget
-from .cache import MergingDynamicCache, MergingQuantizedCache
+from .cache import MergingDynamicCache
 from .config import MergingConfig
 from .mergers import MERGERS, Merger
 from .model import load_model, merging_attention
+from .quantized_cache import MergingQuantizedCache
 from .reading import Comparison, Reading, compare
 from .report import CacheReport, LayerReport, plot_merges
 from .scorers import SCORERS, KVPressScorer, Scorer

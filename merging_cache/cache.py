@@ -1,9 +1,8 @@
-"""The caches a user passes to `generate`: MergingDynamicCache and MergingQuantizedCache."""
+"""MergingDynamicCache: the cache a user passes to `generate`."""
 
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from .config import MergingConfig, resolve_config
-from .layers import FixedCache, HybridLayer, JointFold, MergingHybridLayer, MergingLayer, Padding, Shared, TokensSeen
+from .layers import (
+    FixedCache,
+    HybridLayer,
+    JointFold,
+    MergingHybridLayer,
+    MergingLayer,
+    Padding,
+    SecondReading,
+    Shared,
+    TokensSeen,
+)
 from .model import Link, can_link, check_supported, config_of, reads_stored_keys, takes_masks, tensor_parallel_group
 from .report import CacheReport, Fates, report_layers
 from .stage import check_number
-from .storage import DenseStorage, EvenStorage, QuantizedStorage, make_backend
+from .storage import DenseStorage, EvenStorage
 
 
 class MergingDynamicCache(DynamicCache):
@@ -92,7 +101,15 @@ class MergingDynamicCache(DynamicCache):
         # last of what may raise, so that no model is left linked
         link = Link(model, config, needed, type(self).__name__, hidden_states)
         joint = JointFold(fold.budget, tensor_parallel_group(model)) if fold.budget.over_layers else None
-        self._shared = Shared(self.merging, fold, padding, link, self._storage(), trace, joint)
+        if folds and fold.scorer.reads_again and config is not None and config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(config).__name__.removesuffix('Config')} reads its prompt in an encoder, so its decoder cannot "
+                f"read it again; choose another scorer than {fold.scorer.stage_name}, such as 'keydiff'"
+            )
+        again = SecondReading(fold.scorer.chunk_size) if folds and fold.scorer.reads_again else None
+        if again is not None:
+            link.watch_passes()
+        self._shared = Shared(self.merging, fold, padding, link, self._storage(), trace, joint, again)
         if config is None:
             if folds:
                 warnings.warn(
@@ -194,9 +211,28 @@ class MergingDynamicCache(DynamicCache):
 
     def fold(self) -> "MergingDynamicCache":
         """Fold now what waits for its fold, as prompts do with `fold_at="decode"`; returns the cache."""
-        for layer in self.folding_layers:
+        again, layers = self._shared.again, self.folding_layers
+        decoder = None if again is None else self._shared.link.decoder
+        if decoder is not None and any(layer.fold_is_due for layer in layers):
+            again.run(self.layers, self._shared.padding, decoder)
+        for layer in layers:
             layer.fold()
         return self
+
+    def before_pass(self, given: Mapping[str, Any]) -> None:
+        """The model is about to read; called by its decoder, where the scorer reads again."""
+        if self._shared.again is not None:
+            self._shared.again.check(given)
+            new = given["input_ids" if given.get("inputs_embeds") is None else "inputs_embeds"].shape[1]
+            if any(layer.folds_before(new) for layer in self.folding_layers):
+                self.fold()
+
+    def after_pass(self, given: Mapping[str, Any]) -> None:
+        """The model has read; called by its decoder, where the scorer reads again."""
+        if self._shared.again is not None:
+            self._shared.again.note(given)
+            if self.merging.fold_at == "prefill" and not any(layer.record_past for layer in self.folding_layers):
+                self.fold()
 
     def fixed(self, max_new_tokens: int) -> FixedCache:
         """What this cache holds, with room for `max_new_tokens` and no more, for decoding that is compiled.
@@ -283,7 +319,11 @@ class MergingDynamicCache(DynamicCache):
                 vars(layer).update(attributes)
             raise
         for layer in folding:
+            removed = layer.check_crop(int(tokens_to_remove))
             layer.crop(int(tokens_to_remove))
+        if self._shared.again is not None and folding:
+            self._shared.again.truncate(removed)
+            self.fold()
 
     @property
     def is_croppable(self) -> bool:
@@ -296,12 +336,16 @@ class MergingDynamicCache(DynamicCache):
         for layer in self.layers:
             layer.reset()
         self._shared.padding.set(None)
+        if self._shared.again is not None:
+            self._shared.again.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row `beam_idx[i]` of the batch row i."""
         # repeating and selecting rows come here too: what every kind of layer can do is to take rows by index
         if (batch := self._batch) is not None:
             self._shared.padding.select_rows(beam_idx, batch)
+            if self._shared.again is not None:
+                self._shared.again.select_rows(beam_idx)
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -324,72 +368,3 @@ class MergingDynamicCache(DynamicCache):
             f"{type(self).__name__} cannot be taken apart into keys and values: positions and counts would be lost. "
             "Read cache.layers[i].keys, .values and .positions instead"
         )
-
-
-class MergingQuantizedCache(MergingDynamicCache):
-    """A merging cache that stores keys and values quantized.
-
-    A prompt is scored and merged in full precision and quantized once. Later tokens gather in full precision and are
-    quantized `residual_length` at a time; what is packed stays untouched until the next fold. Unlike transformers'
-    `QuantizedCache` it takes models with sliding-window layers (whose windows stay dense), and every cache operation
-    works on it.
-
-    Args:
-        backend: `"quanto"` (optimum-quanto, 4 or 2 bits), `"hqq"` or `"fp8"` (8-bit floats, no further package).
-        config: the model's config.
-        nbits: bits per element; 4.
-        axis_key, axis_value: the backend's quantization axes; by default the one whose groups lie inside a token.
-        q_group_size: elements that share a scale; by default the largest divisor of the head dimension up to 64.
-        residual_length: tokens that gather in full precision before they are quantized.
-        merging, model, attention_mask, trace, **options: as for `MergingDynamicCache`.
-
-    Raises:
-        ValueError: for an unknown backend, or an option it does not have.
-        ImportError: if the backend's package is not installed.
-
-    Example:
-        >>> import torch
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from merging_cache import MergingQuantizedCache
-        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=99, hidden_size=128, intermediate_size=64,
-        ...     num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1))
-        >>> cache = MergingQuantizedCache(backend="fp8", config=model.config, compression_ratio=0.5)
-        >>> _ = model(torch.arange(1, 97)[None], past_key_values=cache)
-        >>> cache.report().total.bytes_now < 0.15 * cache.report().total.bytes_full
-        True
-    """
-
-    def __init__(
-        self,
-        backend: str = "quanto",
-        config: PreTrainedConfig | None = None,
-        nbits: int | None = None,
-        axis_key: int | None = None,
-        axis_value: int | None = None,
-        q_group_size: int | None = None,
-        residual_length: int = 128,
-        merging: MergingConfig | Mapping[str, Any] | str | Path | None = None,
-        *,
-        model: PreTrainedModel | None = None,
-        attention_mask: Tensor | None = None,
-        trace: bool = False,
-        **options: Any,
-    ) -> None:
-        if options.pop("offloading", False):
-            raise ValueError("MergingQuantizedCache does not offload; use MergingDynamicCache(offloading=True)")
-        self._backend = make_backend(backend, nbits, axis_key, axis_value, q_group_size)
-        check_number("residual_length", residual_length, int, minimum=1)
-        self._residual_length = residual_length
-        super().__init__(config, merging, model=model, attention_mask=attention_mask, trace=trace, **options)
-
-    def fixed(self, max_new_tokens: int) -> FixedCache:
-        """Not possible: a fixed cache is stored in full precision."""
-        raise ValueError("a quantized cache cannot be fixed, which stores full precision; use MergingDynamicCache")
-
-    @property
-    def backend_name(self) -> str:
-        """What quantizes, and to how many bits: `"quanto-4"`."""
-        return self._backend.name
-
-    def _storage(self) -> Callable[[], EvenStorage]:
-        return partial(QuantizedStorage, self._backend, self._residual_length)

@@ -34,8 +34,9 @@ class MergingConfig:
             `max(1, floor(seen * (1 - compression_ratio)))` slots. 0.5 unless `max_tokens` is given; 0 folds nothing.
         max_tokens: instead of a ratio, at most this many slots per head after a fold.
         budget: how slots are shared among layers and heads: a name of `BUDGETS`, a dict or a `Budget`. `"auto"` is the
-            scorer's own where the cache is given the model (`"adakv"` for `keydiff`, `"pyramid"` for `pyramidkv`,
-            `"uniform"` for the others), `"uniform"` where it is given its config only or the model cannot be linked.
+            scorer's own where the cache is given the model (`"adakv"` for `keydiff`, `"global"` for `kvzip`,
+            `"pyramid"` for `pyramidkv`, `"uniform"` for the others), `"uniform"` where it is given its config only or
+            the model cannot be linked.
         merger: what becomes of the evicted: a name of `MERGERS`, a dict or a `Merger`. `"auto"` is `"mass"` where the
             cache is given the model, `"drop"` where it is given its config only or the model cannot be linked.
         sink_tokens, recent_tokens: first and last tokens of each row that always keep their slot (clipped to the

@@ -13,8 +13,9 @@ from torch import Tensor
 from .budgets import Budget
 from .mergers import Merger
 from .scorers import Scorer
-from .stage import Stage
 from .states import LayerStates, Slots, Statistics, Survivors, holders_of
+
+Observe = Callable[[LayerStates, int], Statistics | None]
 
 
 @dataclass(frozen=True)
@@ -72,27 +73,31 @@ class Fold:
     def observe(self, states: LayerStates, new: int) -> dict[str, Statistics]:
         """What each stage remembers after a pass whose tokens are the last `new` of `states`; see `Stage.observe`."""
         observed = {
-            name: self._observe(stage, states.for_stage(name), new)
+            name: self._observe(stage.observe, states.for_stage(name), new)
             for name, stage in self.stages.items()
             if stage.observes
         }
         return {name: statistics for name, statistics in observed.items() if statistics is not None}
 
-    def _observe(self, stage: Stage, states: LayerStates, new: int) -> Statistics | None:
+    def observe_again(self, states: LayerStates) -> Statistics:
+        """What the scorer remembers after tokens were read again; see `Scorer.observe_again`."""
+        return self._observe(lambda alone, new: self.scorer.observe_again(alone), states.for_stage("scorer"), 0)
+
+    def _observe(self, observe: Observe, states: LayerStates, new: int) -> Statistics | None:
         if states.rows_agree:
-            return self._observe_rows(stage, states, new)
+            return self._observe_rows(observe, states, new)
         first_new = states.num_tokens - new
         parts = []
         for rows, tokens in states.rows_alike():
             alone = states.select(rows, tokens)
             if len(tokens) and (alone.valid is None or alone.valid.any()):  # a row may be all padding so far
-                parts.append((rows, tokens, self._observe_rows(stage, alone, int((tokens >= first_new).sum()))))
+                parts.append((rows, tokens, self._observe_rows(observe, alone, int((tokens >= first_new).sum()))))
         return _assemble_statistics(states, ((rows, slice(None), tokens, part) for rows, tokens, part in parts))
 
-    def _observe_rows(self, stage: Stage, states: LayerStates, new: int) -> Statistics | None:
+    def _observe_rows(self, observe: Observe, states: LayerStates, new: int) -> Statistics | None:
         if states.valid is None:
-            return stage.observe(states, new)
-        parts = [(row, heads, tokens, stage.observe(part, new)) for row, heads, tokens, part in states.rectangles()]
+            return observe(states, new)
+        parts = [(row, heads, tokens, observe(part, new)) for row, heads, tokens, part in states.rectangles()]
         return _assemble_statistics(states, parts)
 
     # Folding ----------------------------------------------------------------------------------------------------------

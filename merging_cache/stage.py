@@ -38,6 +38,9 @@ class Stage:
     """True if the stage reads `states.rotary` where it can be made out, and can do without."""
     needs_module: bool = False
     """True if the stage reads `states.module`."""
+    reads_again: bool = False
+    """True for a scorer that is shown what attends to each token while the model reads the context once more, see
+    `Scorer.observe_again`."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -72,7 +75,8 @@ class Stage:
     @property
     def needs_attention(self) -> bool:
         """Whether the stage can do with keys and values alone (False), or not."""
-        return self.needs_queries or self.needs_hidden_states or self.needs_rotary or self.needs_module
+        sees = self.needs_queries or self.needs_hidden_states or self.reads_again
+        return sees or self.needs_rotary or self.needs_module
 
 
 def option(default: Any, minimum: float | None = None, maximum: float | None = None) -> Any:

@@ -12,8 +12,17 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as app
 import reference
 from merging_cache import SCORERS, LayerStates
 from merging_cache.model import Rotary
-from merging_cache.scorers import CURScorer, LagKVScorer, RandomScorer, SnapKVScorer, StreamingLLMScorer, TOVAScorer
+from merging_cache.scorers import (
+    CURScorer,
+    KVzipScorer,
+    LagKVScorer,
+    RandomScorer,
+    SnapKVScorer,
+    StreamingLLMScorer,
+    TOVAScorer,
+)
 from merging_cache.scorers.attention import attention_tiles
+from merging_cache.states import Again
 
 pytestmark = pytest.mark.core
 
@@ -49,6 +58,7 @@ def random_states(length, batch=2, heads=3, dim=6, dtype=torch.float32):
         values,
         queries=queries,
         query_positions=torch.arange(length),
+        again=Again(torch.randn(batch, heads, length, dim).to(dtype)),
         module=Attention(2 * heads, dim),
         rotary=rotary,
         layer_idx=0,
@@ -56,8 +66,9 @@ def random_states(length, batch=2, heads=3, dim=6, dtype=torch.float32):
 
 
 def score(scorer, states):
-    """Observe all tokens in one pass, then score."""
-    return scorer.score(replace(states, statistics=scorer.observe(states, states.num_tokens)))
+    """Observe all tokens in one pass, or that they are read again, then score."""
+    observed = scorer.observe_again(states) if scorer.reads_again else scorer.observe(states, states.num_tokens)
+    return scorer.score(replace(states, statistics=observed))
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -74,7 +85,8 @@ def test_equals_formula(name, length):
 def test_half_precision_is_scored_in_fp32(name, dtype):
     states = random_states(40, dtype=dtype)
     scorer = SCORERS[name](**({"seed": 3} if name == "random" else {}))
-    wide = replace(states, keys=states.keys.float(), values=states.values.float(), queries=states.queries.float())
+    wide = {name: getattr(states, name).float() for name in ("keys", "values", "queries")}
+    wide = replace(states, again=Again(states.again.keys.float()), **wide)
     narrow = score(scorer, states)
     assert narrow.dtype == torch.float32
     assert torch.equal(narrow, score(scorer, wide))
@@ -127,6 +139,17 @@ def test_attention_tiles_do_not_depend_on_their_size(monkeypatch):
     assert len(tiles) == 40
     torch.testing.assert_close(torch.cat(tiles, dim=3), whole)
     assert torch.equal(whole.sum(-1).round(decimals=4), torch.ones(2, 3, 2, 40))
+
+
+@pytest.mark.parametrize("plus", [False, True])
+def test_kvzip_equals_loops_whatever_the_size_of_tiles(plus, monkeypatch):
+    states = random_states(13)
+    states = replace(states, again=replace(states.again, norms=torch.rand(2, 13) + 0.5) if plus else states.again)
+    scorer = KVzipScorer(plus=plus)
+    expected = reference.kvzip(states, plus)
+    torch.testing.assert_close(score(scorer, states), expected, rtol=1e-4, atol=1e-6)
+    monkeypatch.setattr("merging_cache.scorers.kvzip.TILE", 1)
+    torch.testing.assert_close(score(scorer, states), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_random_is_reproducible_and_differs_between_layers():

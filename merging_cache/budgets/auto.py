@@ -13,9 +13,9 @@ from .uniform import UniformBudget
 class AutoBudget(Budget):
     """The scorer's own where the cache has the model, `uniform` where it has the config only.
 
-    A scorer's own (`Scorer.default_budget`) is `pyramid` for `pyramidkv`, and for `keydiff`, the default, `adakv`,
-    chosen by what was measured on real weights (`examples/README.md`). Others have `uniform`: the scores of many of
-    them cannot be compared between heads. `cache.report()` says which of them runs.
+    A scorer's own (`Scorer.default_budget`) is `pyramid` for `pyramidkv`, `global` for `kvzip`, and for `keydiff`, the
+    default, `adakv`, chosen by what was measured on real weights (`examples/README.md`). Others have `uniform`: the
+    scores of many of them cannot be compared between heads. `cache.report()` says which of them runs.
     """
 
     def resolve(self, linked: bool, own: str) -> Budget:

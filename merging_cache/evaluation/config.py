@@ -12,10 +12,11 @@ import torch
 
 from ..budgets import BUDGETS
 from ..budgets.threshold import ThresholdBudget
-from ..cache import MergingDynamicCache, MergingQuantizedCache
+from ..cache import MergingDynamicCache
 from ..config import MergingConfig, build_config, read_options
 from ..mergers import MERGERS, QUERY_SOURCES
 from ..model import SHIPPED_MODELS
+from ..quantized_cache import MergingQuantizedCache
 from ..reading import FULL
 from ..scorers import SCORERS
 from ..stage import Spec, check_choice, check_number, check_options, option, summarize_stage

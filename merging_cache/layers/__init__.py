@@ -1,5 +1,6 @@
 """The layers of a cache: what each holds, when it folds, and what it tells transformers."""
 
+from .again import SecondReading
 from .fixed import FixedCache
 from .hybrid import HybridLayer, MergingHybridLayer, linear_attention_state
 from .joint import JointFold
@@ -15,6 +16,7 @@ __all__ = [
     "MergingHybridLayer",
     "MergingLayer",
     "Padding",
+    "SecondReading",
     "Shared",
     "TokensSeen",
     "linear_attention_state",

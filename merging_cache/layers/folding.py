@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..budgets import Budget
 from ..mergers import Merger
-from ..states import LayerStates, Slots, Tally
+from ..states import Again, LayerStates, Slots, Tally
 from ..storage import store
 from .guards import Guards
 from .joint import JointFold, Scored
-from .observed import Observed
+from .observed import Observed, by_stored_head
 from .shared import Shared
 from .stored import StoredLayer
 
@@ -33,6 +33,7 @@ class FoldingLayer(StoredLayer):
     Attributes:
         fold_is_due: whether it waits for its fold.
         scored: what it has handed up, while it waits for the other layers.
+        was_read_again: whether its scorer, where that reads again, was told what the second reading attends to.
     """
 
     def __init__(self, shared: Shared, layer_idx: int, layer_rank: tuple[int, int] | None = None) -> None:
@@ -59,6 +60,7 @@ class FoldingLayer(StoredLayer):
         super()._clear()
         self.fold_is_due = False
         self.scored: Scored | None = None
+        self.was_read_again = False
         self._observed = Observed()
 
     @property
@@ -75,6 +77,30 @@ class FoldingLayer(StoredLayer):
     def nbytes(self) -> int:
         """Bytes held, what was observed included."""
         return super().nbytes + self._observed.nbytes
+
+    def observe_again(
+        self, query: Tensor, key: Tensor, given: Tensor, positions: Tensor, hidden_states: Tensor | None
+    ) -> None:
+        """Have the scorer look at tokens that are read again.
+
+        Args:
+            query: `[B, Hq, q, D]`.
+            key: what the attention was given.
+            given: `[B, H, L + q, D]`, the stored keys and those of these tokens.
+            positions: `[B, q]`, negative where a row has no such token.
+            hidden_states: `[B, q, hidden]`, the attention's input, where someone asked for it.
+        """
+        self.guards.check_hidden_states(hidden_states)
+        with self._in_full_precision():
+            queries = by_stored_head(query.detach(), key, given)
+            self.guards.check_comparable(queries, key, given)
+            states = self._states(*self.storage.read())
+            norms = None if hidden_states is None else torch.linalg.vector_norm(hidden_states.float(), dim=-1)
+            again = Again(given[:, :, self.num_stored :], norms)
+            states = replace(states, queries=queries, query_positions=positions, again=again)
+            statistics = self._shared.fold.observe_again(states)
+        self._observed.remembered = self._observed.remembered | {"scorer": statistics}
+        self.was_read_again = True
 
     # Folding ----------------------------------------------------------------------------------------------------------
 
@@ -94,7 +120,9 @@ class FoldingLayer(StoredLayer):
 
     def fold_with_others(self, *stored: Tensor) -> None:
         """The same after a pass, which reaches the other layers later: where layers fold together, with the last."""
-        if not self.fold_is_due or self.joint is None:
+        if not self.fold_is_due or self._shared.again is not None:
+            return  # it waits for the second reading
+        if self.joint is None:
             self.fold_if_due(*stored)
             return
         self.score(*stored)
@@ -123,6 +151,7 @@ class FoldingLayer(StoredLayer):
         keys, values = stored or self.storage.read()
         self.guards.check_mergeable(self.shape)
         self.guards.check_owner(self._observed.owner)
+        self.guards.check_read_again(self.was_read_again)
         self._shared.padding.warn_if_unknown(keys)
         with self._in_full_precision():
             yield self._states(keys, values)
@@ -170,7 +199,7 @@ class FoldingLayer(StoredLayer):
         self.storage = store(slots, self._shared.new_storage)
         self._observed.settle(self._shared.fold, slots)
         self.tally = Tally.after(self.tally, slots)
-        self.fold_is_due, self.scored = False, None
+        self.fold_is_due, self.scored, self.was_read_again = False, None, False
 
     def release(self) -> None:
         """Forget the attention module, so that this cache does not keep the model alive."""

@@ -118,6 +118,15 @@ class Guards:
                 "generate a token first"
             )
 
+    def check_read_again(self, was_read: bool) -> None:
+        """Refuse to fold by a second reading that did not take place."""
+        if self.shared.again is not None and not was_read:
+            raise ValueError(
+                f"{self.shared.fold.scorer.stage_name} has {self.shared.link.model_name} read the prompt again, but it "
+                f"is not linked (any more). Give the cache the model, {self.shared.link.cache_name}(model=model, ...), "
+                "and fold before it is released or pickled: with fold_at='prefill', or by cache.fold()"
+            )
+
     def check_mergeable(self, shape: Shape) -> None:
         """Refuse to average values that carry positions; what is known by the config was refused before any pass."""
         if self.shared.fold.merger.merges_values and shape.key_dim != shape.value_dim:

@@ -13,6 +13,7 @@ from .merging import MergingLayer
 # older transformers (before 5.5) keep the caches of such models in the models themselves
 HybridLayer = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
 
+LinearAttentionLayer = getattr(cache_utils, "LinearAttentionLayer", None)
 MergingHybridLayer = None
 
 if HybridLayer is not None:

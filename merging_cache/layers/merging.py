@@ -43,7 +43,7 @@ class MergingLayer(FoldingLayer):
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
         self._miss_attention()
-        if self._folds_before(new):
+        if self.folds_before(new):
             self.fold_if_due()
         if self._has_fitted_slots:
             self._check_read()
@@ -57,7 +57,7 @@ class MergingLayer(FoldingLayer):
         if is_observed or self._has_fitted_slots:
             self._awaits_attention = True
             self._prompt = (keys, values) if is_observed else None
-            Pass(self, self.layer_idx, keys.shape[2], *self._fitted_slots()).announce(keys)
+            Pass(self, self.layer_idx, keys.shape[2], *self.fitted_slots()).announce(keys)
         if not is_observed:
             self._end_pass(new, keys, values, self._observed)
         return keys, values
@@ -115,10 +115,10 @@ class MergingLayer(FoldingLayer):
                 self.fold_is_due, self.scored, self._observed = False, None, before
                 self.take_back(new)
                 raise
-        if not self.fold_is_due and self._folds_before(new):
+        if not self.fold_is_due and self.folds_before(new):
             self.storage.settle()
 
-    def _folds_before(self, new: int) -> bool:
+    def folds_before(self, new: int) -> bool:
         """Whether a fold that is due is done no later than before a pass of `new` tokens."""
         return not self.record_past and (new == 1 or self._shared.config.fold_at == "prefill")
 
@@ -129,7 +129,7 @@ class MergingLayer(FoldingLayer):
         """Whether there are slots for which transformers' mask has to be fitted: it is made for another layer's."""
         return self.storage.num_slots > 0 and (self._shared.fold.fits_masks or self.storage.log_mass is not None)
 
-    def _fitted_slots(self) -> tuple[int, Tensor | None]:
+    def fitted_slots(self) -> tuple[int, Tensor | None]:
         """How many slots the mask has to be fitted to, and `[B, H, S]`, what is added to their attention logits."""
         if not self._has_fitted_slots:
             return 0, None
@@ -184,7 +184,7 @@ class MergingLayer(FoldingLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """`(stored + query_length, seen - stored)`: keys in the next pass, and how many columns of the mask to skip."""
-        stored = self._slots_when_due if self._folds_before(query_length) else self.num_stored
+        stored = self._slots_when_due if self.folds_before(query_length) else self.num_stored
         return stored + query_length, self.seen - stored
 
     def activate_past_recording(self) -> None:

@@ -28,6 +28,7 @@ class Shared:
         new_storage: makes the storage of a layer.
         traced: whether to keep where every evicted token went.
         joint: the layers that fold together, where the budget is over layers.
+        again: what is to be read again, where the scorer wants that.
     """
 
     config: MergingConfig
@@ -37,11 +38,13 @@ class Shared:
     new_storage: Callable[[], EvenStorage]
     traced: bool = False
     joint: JointFold | None = None
+    again: Any = None  # a `SecondReading`, which knows layers
 
     def twin(self) -> "Shared":
         """For a copy of the cache: another batch, linked and released by itself."""
         joint = None if self.joint is None else self.joint.twin()
-        return replace(self, padding=copy.deepcopy(self.padding), link=copy.deepcopy(self.link), joint=joint)
+        own = {name: copy.deepcopy(getattr(self, name)) for name in ("padding", "link", "again")}
+        return replace(self, joint=joint, **own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":
         return self

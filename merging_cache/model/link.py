@@ -89,6 +89,17 @@ class Link:
         if self._model_link is not None:
             self._model_link.watch_hidden_states()
 
+    def watch_passes(self) -> None:
+        """Have the decoder of a linked model tell its caches of every pass, before and after; while it is linked."""
+        if self._model_link is not None:
+            self._model_link.watch_passes()
+
+    @property
+    def decoder(self) -> torch.nn.Module | None:
+        """The part of the linked model that has layers; `None` where it is not linked."""
+        model = None if self._model_link is None else self._model_link.model()
+        return None if model is None else model.get_decoder()
+
     def release(self, model: PreTrainedModel | None) -> None:
         """Put the model back as it was before it was linked, unless another cache or a `with` block still needs it.
 
@@ -155,6 +166,7 @@ class ModelLink:
     holders: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
     blocks: int = 0
     hidden_state_hooks: list[Any] = field(default_factory=list)
+    pass_hooks: list[Any] = field(default_factory=list)
 
     @classmethod
     def of(cls, model: PreTrainedModel, holder: Link | None = None, hidden_states: bool = False) -> "ModelLink":
@@ -192,9 +204,10 @@ class ModelLink:
             model = self.model()
             if self.holders or self.blocks or model is None:
                 return
-            for hook in self.hidden_state_hooks:
+            for hook in (*self.hidden_state_hooks, *self.pass_hooks):
                 hook.remove()
             self.hidden_state_hooks.clear()
+            self.pass_hooks.clear()
             forget_hidden_states()
             for config in configs_to_link(model):
                 if is_linked(config):  # someone may have chosen another implementation since
@@ -210,6 +223,36 @@ class ModelLink:
             if getattr(module, "layer_idx", None) is not None and "Attention" in type(module).__name__:
                 hook = module.register_forward_pre_hook(keep_hidden_states, with_kwargs=True)
                 self.hidden_state_hooks.append(hook)
+
+    def watch_passes(self) -> None:
+        """Have the decoder tell the cache of every pass; removed with the link."""
+        model = self.model()
+        if self.pass_hooks or model is None:
+            return
+        decoder = model.get_decoder()
+        self.pass_hooks += [
+            decoder.register_forward_pre_hook(_before_pass, with_kwargs=True),
+            decoder.register_forward_hook(_after_pass, with_kwargs=True),
+        ]
+
+
+def _given(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The cache that a decoder was given, and all its arguments by name."""
+    given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    given |= given.pop("kwargs", {})
+    return given.get("cache", given.get("past_key_values")), given
+
+
+def _before_pass(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache, given = _given(decoder, args, kwargs)
+    if hasattr(cache, "before_pass"):
+        cache.before_pass(given)
+
+
+def _after_pass(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache, given = _given(decoder, args, kwargs)
+    if hasattr(cache, "after_pass"):
+        cache.after_pass(given)
 
 
 def configs_to_link(model: PreTrainedModel) -> list[PreTrainedConfig]:

@@ -10,8 +10,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..cache import MergingDynamicCache, MergingQuantizedCache
+from ..cache import MergingDynamicCache
 from ..config import MergingConfig
+from ..quantized_cache import MergingQuantizedCache
 from ..report import align, report_layers
 from ..stage import check_number
 from .continuation import Continuation, answer, divergence, loss, predict, release

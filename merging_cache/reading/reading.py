@@ -95,6 +95,7 @@ class Reading:
         self.model = model
         self.num_tokens = states.shape[1]
         self.attention_mask = attention_mask
+        self._given = {name: inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs}
         check_length(model, self.num_tokens)
         self._recorded = RecordingCache(model, hidden_states)
         # the one token that is generated is not fed back, so no layer sees it
@@ -153,6 +154,8 @@ class Reading:
             if cache.needs_hidden_states and not self._recorded.keeps_hidden_states:
                 raise ValueError("the cache looks at hidden states, and none were kept; read with hidden_states=True")
         self._recorded.fill(cache)
+        if isinstance(cache, MergingDynamicCache):
+            cache.after_pass(self._given)  # what the scorer has read again is
         return cache
 
 

@@ -12,6 +12,7 @@ from .keydiff import KeyDiffScorer
 from .knorm import KnormScorer
 from .kvpress import KVPressScorer
 from .kvzap import KVzapScorer
+from .kvzip import KVzipScorer
 from .lagkv import LagKVScorer
 from .leverage import LeverageScorer
 from .non_causal import NonCausalScorer
@@ -35,6 +36,7 @@ SCORERS |= {
     "keydiff": KeyDiffScorer,
     "knorm": KnormScorer,
     "kvzap": KVzapScorer,
+    "kvzip": KVzipScorer,
     "lagkv": LagKVScorer,
     "leverage": LeverageScorer,
     "non_causal": NonCausalScorer,
@@ -60,6 +62,7 @@ __all__ = [
     "FunctionScorer",
     "KVPressScorer",
     "KVzapScorer",
+    "KVzipScorer",
     "KeyDiffScorer",
     "KnormScorer",
     "LagKVScorer",

@@ -40,21 +40,22 @@ class CriticalKVScorer(WrappingScorer):
         slots = states.num_tokens if states.num_slots is None else min(states.num_slots, states.num_tokens)
         first = max(1, int(slots * self.first_stage_ratio)) if self.first_stage_ratio else 0
         raised = scores - scores.amin(dim=-1, keepdim=True).clamp_max(0)
-        second = (raised + self.epsilon) * projected_norm(states)
+        second = (raised + self.epsilon) * projected_norms(states, 1).mean(dim=2)
         return second.scatter_(2, top_tokens(scores, first), torch.inf)
 
 
-def projected_norm(states: LayerStates) -> Tensor:
-    """`[B, H, L]`, the L1 norm of each value after its part of the output projection, mean over the group."""
+def projected_norms(states: LayerStates, order: int) -> Tensor:
+    """`[B, H, G, L]`, the norm of this order of each value after the part of the output projection of a query head."""
     weight = output_projection(states)  # [H, G, D, hidden]
-    norms = torch.zeros(states.values.shape[:3], device=states.values.device)
-    step = max(1, TILE // (norms.shape[0] * weight.shape[-1]))
-    for head in range(norms.shape[1]):
-        for start in range(0, norms.shape[2], step):
+    (batch, heads, length), group = states.values.shape[:3], weight.shape[1]
+    norms = torch.zeros((batch, heads, group, length), device=states.values.device)
+    step = max(1, TILE // (batch * weight.shape[-1]))
+    for head in range(heads):
+        for start in range(0, length, step):
             values = states.values[:, head, start : start + step].float()
-            for part in weight[head]:
-                norms[:, head, start : start + step] += (values @ part).abs().sum(dim=-1)
-    return norms / weight.shape[1]
+            for number, part in enumerate(weight[head]):
+                norms[:, head, number, start : start + step] = torch.linalg.vector_norm(values @ part, order, dim=-1)
+    return norms
 
 
 def output_projection(states: LayerStates) -> Tensor:

@@ -46,11 +46,22 @@ class WrappingScorer(Scorer):
         return self.inner.needs_module
 
     @property
+    def reads_again(self) -> bool:
+        return self.inner.reads_again
+
+    @property
+    def chunk_size(self) -> int:
+        return self.inner.chunk_size
+
+    @property
     def default_budget(self) -> str:
         return self.inner.default_budget
 
     def observe(self, states: LayerStates, new: int) -> Statistics | None:
         return self.inner.observe(states, new)
+
+    def observe_again(self, states: LayerStates) -> Statistics:
+        return self.inner.observe_again(states)
 
     def settle(self, statistics: Statistics, folded: Tensor) -> Statistics:
         return self.inner.settle(statistics, folded)

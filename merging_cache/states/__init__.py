@@ -3,7 +3,7 @@
 Plain tensors and nothing else: scorers, budgets and mergers know these records and torch, never transformers.
 """
 
-from .layer import TILE, LayerStates, ReferenceQueries, Statistics, readers_of
+from .layer import TILE, Again, LayerStates, ReferenceQueries, Statistics, readers_of
 from .slots import ABSENT, DROPPED, Slots, Survivors, count_evicted, gather_tokens, holders_of, top_tokens
 from .tally import Tally
 
@@ -11,6 +11,7 @@ __all__ = [
     "ABSENT",
     "DROPPED",
     "TILE",
+    "Again",
     "LayerStates",
     "ReferenceQueries",
     "Slots",

@@ -71,6 +71,27 @@ class ReferenceQueries:
 
 
 @dataclass(frozen=True)
+class Again:
+    """Tokens that are read again behind what is stored, apart from their queries.
+
+    Args:
+        keys: `[B, H, n, D]`.
+        norms: `[B, n]`, the length of the attention's input for each, where a stage asked for that.
+    """
+
+    keys: Tensor
+    norms: Tensor | None = None
+
+    def select(self, rows: Tensor | slice, asked: Tensor | slice = slice(None)) -> "Again":
+        """Of these rows, and of these tokens."""
+        return Again(self.keys[rows][:, :, asked], None if self.norms is None else self.norms[rows][:, asked])
+
+    def of_heads(self, heads: slice) -> "Again":
+        """Of these KV heads."""
+        return replace(self, keys=self.keys[:, heads])
+
+
+@dataclass(frozen=True)
 class LayerStates:
     """Everything one attention layer knows about its tokens when it folds.
 
@@ -88,6 +109,7 @@ class LayerStates:
         queries: `[B, Hq, n, D]` observed queries after RoPE, oldest first, or `None`. Query heads `h * G` to
             `h * G + G - 1` read KV head `h`, with `G = Hq / H`.
         query_positions: `[B, n]` (or `[n]` where rows agree), their positions; negative where one is padding.
+        again: of the tokens whose queries these are, where they are read again; else `None`.
         hidden_states: `[B, q, hidden]`, the attention's input for the newest tokens, or `None`.
         statistics: what the stage that is called has observed, see `Stage.observe`.
         remembered: what each stage has, by the stage's name: `"scorer"`, `"merger"`.
@@ -116,6 +138,7 @@ class LayerStates:
     valid: Tensor | None = None
     queries: Tensor | None = None
     query_positions: Tensor | None = None
+    again: Again | None = None
     hidden_states: Tensor | None = None
     statistics: Statistics | None = None
     remembered: Mapping[str, Statistics] = field(default_factory=dict)
@@ -181,6 +204,7 @@ class LayerStates:
             return tensor[rows].index_select(2, tokens)
 
         queries, query_positions, hidden = self.queries, self.query_positions, self.hidden_states
+        asked: Tensor | slice = slice(None)
         if queries is not None:
             asked = (query_positions[rows[0]] >= 0).nonzero().squeeze(1)
             queries, query_positions = queries[rows][:, :, asked], query_positions[rows][:, asked]
@@ -192,6 +216,7 @@ class LayerStates:
             valid=None if self.valid is None else take(self.valid),
             queries=queries,
             query_positions=query_positions,
+            again=None if self.again is None else self.again.select(rows, asked),
             hidden_states=hidden,
             statistics=None if self.statistics is None else self.statistics.select(rows, tokens),
             remembered={name: one.select(rows, tokens) for name, one in self.remembered.items()},
@@ -208,6 +233,7 @@ class LayerStates:
             lambda tensor: tensor[:, heads],
             valid=None if self.valid is None else self.valid[:, heads],
             queries=None if self.queries is None else readers_of(self.queries, heads, count),
+            again=None if self.again is None else self.again.of_heads(heads),
             statistics=None if self.statistics is None else self.statistics.of_heads(heads, count),
             remembered={name: one.of_heads(heads, count) for name, one in self.remembered.items()},
             reference=reference,
@@ -273,6 +299,7 @@ class LayerStates:
             lambda tensor: tensor[only],
             valid=take(self.valid),
             queries=take(self.queries),
+            again=None if self.again is None else self.again.select(only),
             query_positions=take(self.query_positions),
             hidden_states=take(self.hidden_states),
             statistics=None if self.statistics is None else self.statistics.select(only),

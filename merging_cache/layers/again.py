@@ -1,0 +1,175 @@
+"""SecondReading: has a model read a prompt once more behind its full cache, for scorers that watch what it looks at.
+
+Knows how transformers' models are called, and of layers what they store.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from ..model import Pass, cache_argument, most_positions
+from .folding import FoldingLayer
+from .hybrid import HybridLayer, LinearAttentionLayer, linear_attention_state
+from .padding import Padding
+
+SHOWN_FROM = 4096  # tokens from which it takes long enough for a progress bar
+
+
+class AgainLayer(DynamicLayer):
+    """A layer for one pass that reads again: it sees all that another stores, and adds nothing to it.
+
+    Args:
+        layer: the other, which is told what the pass attends to.
+        positions: `[B, q]`, those of the tokens that are read again, negative where there is none.
+    """
+
+    def __init__(self, layer: FoldingLayer, positions: Tensor) -> None:
+        super().__init__()
+        self._layer, self._positions = layer, positions
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All that the other stores, and the keys and values `[B, H, q, D]` of the pass."""
+        stored = self._layer.storage.read()
+        both = tuple(torch.cat([old, new], dim=2) for old, new in zip(stored, (key_states, value_states), strict=True))
+        self._given = both[0]
+        Pass(self, self._layer.layer_idx, both[0].shape[2], *self._layer.fitted_slots()).announce(both[0])
+        return both
+
+    def attended(self, query: Tensor, key: Tensor, hidden_states: Tensor | None, **rest: Any) -> None:
+        """Tell the other layer."""
+        self._layer.observe_again(query, key, self._given, self._positions, hidden_states)
+
+    def get_seq_length(self) -> int:
+        return self._layer.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        stored = self._layer.num_stored
+        return stored + query_length, self._layer.seen - stored
+
+
+if HybridLayer is not None:
+
+    class AgainHybridLayer(AgainLayer, HybridLayer):
+        """The same beside a linear-attention state, of which it has a copy."""
+
+        def __init__(self, layer: FoldingLayer, positions: Tensor) -> None:
+            LinearAttentionLayer.__init__(self, number_of_states=layer.number_of_states)
+            AgainLayer.__init__(self, layer, positions)
+            vars(self).update(copy.deepcopy(linear_attention_state(layer)))
+
+
+def again(layer: CacheLayerMixin, positions: Tensor) -> CacheLayerMixin:
+    """What stands for a layer of the cache in a pass that reads again: it sees the same, and changes nothing there."""
+    if not isinstance(layer, FoldingLayer):
+        return copy.deepcopy(layer)
+    return (AgainHybridLayer if linear_attention_state(layer) else AgainLayer)(layer, positions)
+
+
+class SecondReading:
+    """What was read since the last fold, to be read again before the next.
+
+    Args:
+        chunk_size: tokens that are read at a time.
+    """
+
+    def __init__(self, chunk_size: int) -> None:
+        self.chunk_size = chunk_size
+        self._passes: list[tuple[str, Tensor]] = []  # the name of the model's argument, and what came
+
+    def check(self, given: Mapping[str, Any]) -> None:
+        """Refuse a pass by the arguments of the model, before it is read.
+
+        Raises:
+            NotImplementedError: for tokens that are placed by more than their position in the text.
+        """
+        positions = given.get("position_ids")
+        if positions is not None and positions.dim() == 3 and not bool((positions == positions[:1]).all()):
+            raise NotImplementedError(
+                "a context with images, or other tokens that are placed in a plane, cannot be read again behind "
+                "itself; choose another scorer, such as 'keydiff'"
+            )
+
+    def note(self, given: Mapping[str, Any]) -> None:
+        """Take down a pass by the arguments of the model."""
+        name = "inputs_embeds" if given.get("inputs_embeds") is not None else "input_ids"
+        self._passes.append((name, given[name].detach()))
+
+    def clear(self) -> None:
+        """Forget what came."""
+        self._passes.clear()
+
+    def truncate(self, count: int) -> None:
+        """Forget the last `count` tokens."""
+        while count and self._passes:
+            name, last = self._passes.pop()
+            if last.shape[1] > count:
+                self._passes.append((name, last[:, : last.shape[1] - count]))
+            count = max(0, count - last.shape[1])
+
+    def select_rows(self, indices: Tensor) -> None:
+        """Make row `indices[i]` of the batch row i."""
+        self._passes = [(name, given[indices.to(given.device)]) for name, given in self._passes]
+
+    @torch.no_grad()
+    def run(self, layers: list[CacheLayerMixin], padding: Padding, decoder: torch.nn.Module) -> None:
+        """Read again what came, chunk by chunk; the layers that fold are told what is attended to.
+
+        Args:
+            layers: of the cache, which stay as they are.
+            padding: of its batch.
+            decoder: the part of the model that has layers.
+        """
+        folding = [layer for layer in layers if isinstance(layer, FoldingLayer)]
+        if not self._passes or not folding:
+            return
+        embeds = {"inputs_embeds"} & {name for name, _ in self._passes}
+        given = torch.cat([embed(decoder, name, part) if embeds else part for name, part in self._passes], dim=1)
+        (batch, new), seen, device = given.shape[:2], folding[0].seen, given.device
+        padded = padding.of_tokens(torch.arange(seen, device=device).expand(batch, -1))
+        real = torch.ones(batch, seen, dtype=torch.bool, device=device) if padded is None else ~padded
+        most = most_positions(decoder.config)
+        with tqdm(total=new, desc="reading again", unit=" tokens", disable=new < SHOWN_FROM) as bar:
+            for index, there in chunks(real[:, seen - new :], self.chunk_size):
+                first = real.sum(dim=1, keepdim=True)
+                if most is not None:
+                    first = first.clamp_max(most - index.shape[1])
+                positions = first + torch.arange(index.shape[1], device=device)
+                inputs = {"inputs_embeds" if embeds else "input_ids": take(given, index)}
+                if padded is not None:
+                    inputs["attention_mask"] = torch.cat([real, there], dim=1).long()
+                if "position_ids" in inspect.signature(decoder.forward).parameters:
+                    inputs["position_ids"] = positions
+                known = positions.masked_fill(~there, -1)
+                cache = Cache(layers=[again(layer, known) for layer in layers])
+                decoder(**inputs, **cache_argument(cache), use_cache=True)
+                bar.update(index.shape[1])
+        self.clear()
+
+
+def chunks(real: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The real tokens of each row, `size` at a time: their indices `[B, q]`, and where there is one.
+
+    Each row begins with its own first token, so that it is cut as it would be alone.
+    """
+    order = (~real).to(torch.uint8).sort(dim=1, stable=True).indices
+    counts = real.sum(dim=1, keepdim=True)
+    for start in range(0, int(counts.max()), size):
+        index = order[:, start : min(start + size, int(counts.max()))]
+        yield index, torch.arange(start, start + index.shape[1], device=real.device) < counts
+
+
+def take(given: Tensor, index: Tensor) -> Tensor:
+    """Of `[B, n, ...]` those at `[B, q]`."""
+    return given[torch.arange(len(given), device=given.device).unsqueeze(1), index]
+
+
+def embed(decoder: torch.nn.Module, name: str, given: Tensor) -> Tensor:
+    """As embeddings, which they are unless they are ids."""
+    return decoder.get_input_embeddings()(given) if name == "input_ids" else given

@@ -1,0 +1,179 @@
+"""Scorers that have the model read the prompt again: against attention weights of an ordinary second pass."""
+
+import pytest
+import torch
+from transformers import BartConfig, BartForConditionalGeneration, DynamicCache
+
+from merging_cache import MergingDynamicCache, MergingQuantizedCache, Reading
+from merging_cache.layers import MergingHybridLayer, again
+from merging_cache.model import cache_argument
+from merging_cache.scorers import KVzipScorer
+from models import WINDOW, assert_same_cache, greedy, left_padded, llama, prompt, tiny_model
+
+pytestmark = pytest.mark.core
+LINEAR = ["qwen3_next", "falcon_h1"] if MergingHybridLayer else []  # older transformers keep their states elsewhere
+KINDS = {"dynamic": MergingDynamicCache, "fp8": lambda **options: MergingQuantizedCache("fp8", **options)}
+
+BART = {"vocab_size": 97, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32}
+BART |= {"decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+
+
+def kvzip(model, kind="dynamic", chunk_size=2048, **options):
+    scorer = {"name": "kvzip", "chunk_size": chunk_size}
+    return KINDS[kind](model=model, **{"scorer": scorer, "merger": "drop"} | WINDOW | options)
+
+
+@torch.no_grad()
+def by_attention(model, ids, chunk_size, plus):
+    """By layer `[H, L]`: the largest weight on each token of an eager model that reads the ids again, in chunks."""
+    length, best = ids.shape[1], None
+    for piece in ids.split(chunk_size, dim=1):
+        cache, inputs = DynamicCache(config=model.config), []
+        model(ids, **cache_argument(cache))
+        hooks = [
+            layer.self_attn.register_forward_pre_hook(
+                lambda _, args, kwargs, inputs=inputs: inputs.append(kwargs["hidden_states"]), with_kwargs=True
+            )
+            for layer in model.model.layers
+        ]
+        found = model(piece, **cache_argument(cache), output_attentions=True).attentions
+        for hook in hooks:
+            hook.remove()
+        weights = [one[0, :, :, :length] for one in found]  # [Hq, q, L]
+        if plus:
+            weights = [one / given[0].norm(dim=-1)[:, None] for one, given in zip(weights, inputs, strict=True)]
+        weights = [one.amax(dim=1) for one in weights]
+        best = weights if best is None else [torch.maximum(*pair) for pair in zip(best, weights, strict=True)]
+    if plus:
+        for number, layer in enumerate(model.model.layers):
+            parts = layer.self_attn.o_proj.weight.unflatten(1, (len(best[number]), -1))  # [hidden, Hq, D]
+            values = cache.layers[number].values[0, :, :length].repeat_interleave(2, dim=0)  # [Hq, L, D]
+            best[number] = best[number] * torch.einsum("nhd,hld->hln", parts, values).norm(dim=-1)
+    heads = cache.layers[0].keys.shape[1]
+    return [one.unflatten(0, (heads, -1)).amax(dim=1) for one in best]
+
+
+@pytest.mark.parametrize("plus", [False, True])
+@pytest.mark.parametrize("chunk_size", [2048, 25])
+@torch.no_grad()
+def test_scores_are_the_largest_attention_of_a_second_pass(chunk_size, plus, monkeypatch):
+    model, ids, shown = llama("eager"), prompt(60), []
+    expected = by_attention(model, ids, chunk_size, plus)
+    before = model(ids, **cache_argument(DynamicCache(config=model.config))).logits
+    score = KVzipScorer.score
+    monkeypatch.setattr(KVzipScorer, "score", lambda *args: shown.append(score(*args)) or shown[-1])
+    scorer = {"name": "kvzip", "chunk_size": chunk_size, "plus": plus}
+    cache = kvzip(model, scorer=scorer, compression_ratio=0.5, budget="uniform")
+    output = model(ids, **cache_argument(cache))
+    assert torch.equal(output.logits, before)
+    assert cache.get_seq_length() == 60
+    assert [layer.num_slots for layer in cache.layers] == [30, 30]
+    for mine, theirs in zip(shown, expected, strict=True):
+        torch.testing.assert_close(mine[0], theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", ["uniform", "adakv", "global"])
+@pytest.mark.parametrize("chunk_size", [2048, 16])
+def test_padded_rows_equal_the_row_alone(budget, chunk_size):
+    model, lengths = llama(), [50, 31, 12]
+    inputs = left_padded(lengths)
+    options = {"budget": budget, "chunk_size": chunk_size, "max_tokens": 14}
+    together = greedy(model, inputs, **cache_argument(kvzip(model, **options)))
+    for row, length in enumerate(lengths):
+        ids = inputs["input_ids"][row : row + 1, -length:]
+        alone = greedy(model, ids, **cache_argument(kvzip(model, **options)))
+        for mine, theirs in zip(together.logits, alone.logits, strict=True):
+            torch.testing.assert_close(mine[row], theirs[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_late_folds_embeddings_and_readings_give_the_same(kind):
+    model, ids = llama(), prompt(60)
+    options = {"merger": "auto", "compression_ratio": 0.75}
+    expected = kvzip(model, kind, **options)
+    model(ids, **cache_argument(expected))
+    late = kvzip(model, kind, fold_at="decode", **options)
+    for piece in ids.split(23, dim=1):
+        model(piece, **cache_argument(late))
+    assert late.layers[0].num_slots == 0
+    late.fold()
+    embedded = kvzip(model, kind, **options)
+    model(inputs_embeds=model.get_input_embeddings()(ids), **cache_argument(embedded))
+    filled = Reading(model, ids).fill(kvzip(model, kind, **options))
+    for cache, tolerance in ((late, 1e-4), (embedded, 0), (filled, 0)):
+        for mine, theirs in zip(cache.layers, expected.layers, strict=True):
+            assert torch.equal(mine.positions, theirs.positions)
+        if kind == "dynamic":
+            assert_same_cache(cache, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "phi3", "mixtral", *LINEAR])
+def test_other_architectures(family):
+    model, ids = tiny_model(family), prompt(60)
+    cache = kvzip(model, compression_ratio=0.5)
+    plain = greedy(model, ids, new_tokens=1, **cache_argument(DynamicCache(config=model.config)))
+    output = greedy(model, ids, new_tokens=4, **cache_argument(cache))
+    assert torch.equal(output.logits[0], plain.logits[0])
+    heads = [layer.shape.heads for layer in cache.folding_layers]
+    assert sum(int(layer.slots_per_head.sum()) for layer in cache.folding_layers) == 30 * sum(heads)
+
+
+def test_turns_beams_and_drafts():
+    model, ids = llama(), prompt(20).repeat(1, 3)
+    cache = kvzip(model, compression_ratio=0.5)
+    first = greedy(model, ids, **cache_argument(cache)).sequences
+    second = torch.cat([first, prompt(30, seed=3)], dim=1)
+    greedy(model, second, **cache_argument(cache))
+    seen = second.shape[1]
+    assert sum(int(layer.slots_per_head.sum()) for layer in cache.layers) == seen // 2 * 4
+    beams = greedy(model, ids, **cache_argument(kvzip(model)), num_beams=3, output_logits=False, output_scores=True)
+    assert beams.sequences.shape == (1, 68)
+    drafted, plain = kvzip(model, fold_at="decode"), kvzip(model, fold_at="decode")
+    greedy(model, ids, **cache_argument(drafted), prompt_lookup_num_tokens=3, output_logits=False)
+    greedy(model, ids, **cache_argument(plain))
+    assert drafted.layers[0].num_slots
+
+
+@torch.no_grad()
+def test_what_cannot_be_read_again_is_refused():
+    model, ids = llama(), prompt(40)
+    cache = kvzip(model, fold_at="decode", compression_ratio=0.5)
+    model(ids, **cache_argument(cache))
+    cache.release()
+    with pytest.raises(ValueError, match="KVzipScorer has LlamaForCausalLM read the prompt again, but"):
+        cache.fold()
+    with pytest.raises(ValueError, match="Bart reads its prompt in an encoder, so its decoder cannot read it again"):
+        kvzip(BartForConditionalGeneration(BartConfig(**BART)))
+    cache = kvzip(model, compression_ratio=0.5)
+    planes = torch.arange(40).expand(3, 1, 40) * torch.tensor([1, 2, 3]).view(3, 1, 1)
+    with pytest.raises(NotImplementedError, match="with images, or other tokens that are placed in a plane"):
+        cache.before_pass({"input_ids": ids, "position_ids": planes})
+    other = llama()
+    config = MergingDynamicCache(config=other.config, scorer="kvzip", **WINDOW)
+    other(ids, **cache_argument(config))
+    with pytest.raises(ValueError, match="must see the attention of Llama"):
+        other(prompt(1), **cache_argument(config))
+
+
+@torch.no_grad()
+def test_nothing_is_left_behind():
+    """Neither hooks nor tokens that wait; and a context at the end of the model's positions is read again, too."""
+    model = llama()
+    most = model.config.max_position_embeddings
+    cache = kvzip(model, compression_ratio=0.5)
+    model(prompt(most), **cache_argument(cache))
+    assert sum(int(layer.slots_per_head.sum()) for layer in cache.layers) == most // 2 * 4
+    assert not cache._shared.again._passes
+    decoder = model.get_decoder()
+    assert decoder._forward_hooks
+    cache.release()
+    assert not decoder._forward_hooks
+    assert not decoder._forward_pre_hooks
+
+
+def test_long_prompts_show_a_progress_bar(monkeypatch, capsys):
+    monkeypatch.setattr(again, "SHOWN_FROM", 30)
+    model = llama()
+    model(prompt(40), **cache_argument(kvzip(model, compression_ratio=0.5)))
+    assert "reading again: 100%" in capsys.readouterr().err
