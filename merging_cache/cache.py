@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
+from .budgets.profile import ProfileBudget
 from .config import MergingConfig, resolve_config
 from .layers import (
     FixedCache,
@@ -19,6 +20,7 @@ from .layers import (
     MergingHybridLayer,
     MergingLayer,
     Padding,
+    Profiled,
     SecondReading,
     Shared,
     TokensSeen,
@@ -100,16 +102,24 @@ class MergingDynamicCache(DynamicCache):
         hidden_states = needed and fold.needs_hidden_states
         # last of what may raise, so that no model is left linked
         link = Link(model, config, needed, type(self).__name__, hidden_states)
-        joint = JointFold(fold.budget, tensor_parallel_group(model)) if fold.budget.over_layers else None
-        if folds and fold.scorer.reads_again and config is not None and config.is_encoder_decoder:
+        group = tensor_parallel_group(model)
+        joint = JointFold(fold.budget, group) if fold.budget.over_layers else None
+        if folds and fold.rereading and config is not None and config.is_encoder_decoder:
+            names = " and ".join(stage.stage_name for stage in fold.rereading.values())
             raise ValueError(
                 f"{type(config).__name__.removesuffix('Config')} reads its prompt in an encoder, so its decoder cannot "
-                f"read it again; choose another scorer than {fold.scorer.stage_name}, such as 'keydiff'"
+                f"read it again; choose other stages than {names}, such as scorer='keydiff' and budget='adakv'"
             )
-        again = SecondReading(fold.scorer.chunk_size) if folds and fold.scorer.reads_again else None
-        if again is not None:
+        profiled = (
+            Profiled(fold.budget, link.memory, group) if folds and isinstance(fold.budget, ProfileBudget) else None
+        )
+        again = None
+        if folds and fold.rereading:
+            part = None if fold.scorer.reads_again else fold.budget.again_tokens
+            again = SecondReading(fold.scorer.chunk_size, part)
+        self._shared = Shared(self.merging, fold, padding, link, self._storage(), trace, joint, again, profiled)
+        if self._shared.is_to_be_read_again:
             link.watch_passes()
-        self._shared = Shared(self.merging, fold, padding, link, self._storage(), trace, joint, again)
         if config is None:
             if folds:
                 warnings.warn(
@@ -212,16 +222,18 @@ class MergingDynamicCache(DynamicCache):
     def fold(self) -> "MergingDynamicCache":
         """Fold now what waits for its fold, as prompts do with `fold_at="decode"`; returns the cache."""
         again, layers = self._shared.again, self.folding_layers
-        decoder = None if again is None else self._shared.link.decoder
+        decoder = self._shared.link.decoder if self._shared.is_to_be_read_again else None
         if decoder is not None and any(layer.fold_is_due for layer in layers):
             again.run(self.layers, self._shared.padding, decoder)
+            if self._shared.profiled is not None and self._shared.profiled.profile is None:
+                self._shared.profiled.learn(layers)
         for layer in layers:
             layer.fold()
         return self
 
     def before_pass(self, given: Mapping[str, Any]) -> None:
         """The model is about to read; called by its decoder, where the scorer reads again."""
-        if self._shared.again is not None:
+        if self._shared.is_to_be_read_again:
             self._shared.again.check(given)
             new = given["input_ids" if given.get("inputs_embeds") is None else "inputs_embeds"].shape[1]
             if any(layer.folds_before(new) for layer in self.folding_layers):
@@ -229,7 +241,7 @@ class MergingDynamicCache(DynamicCache):
 
     def after_pass(self, given: Mapping[str, Any]) -> None:
         """The model has read; called by its decoder, where the scorer reads again."""
-        if self._shared.again is not None:
+        if self._shared.is_to_be_read_again:
             self._shared.again.note(given)
             if self.merging.fold_at == "prefill" and not any(layer.record_past for layer in self.folding_layers):
                 self.fold()
@@ -321,7 +333,7 @@ class MergingDynamicCache(DynamicCache):
         for layer in folding:
             removed = layer.check_crop(int(tokens_to_remove))
             layer.crop(int(tokens_to_remove))
-        if self._shared.again is not None and folding:
+        if self._shared.is_to_be_read_again and folding:
             self._shared.again.truncate(removed)
             self.fold()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from .budgets import Budget
 from .mergers import Merger
 from .scorers import Scorer
+from .stage import Stage
 from .states import LayerStates, Slots, Statistics, Survivors, holders_of
 
 Observe = Callable[[LayerStates, int], Statistics | None]
@@ -79,9 +80,17 @@ class Fold:
         }
         return {name: statistics for name, statistics in observed.items() if statistics is not None}
 
-    def observe_again(self, states: LayerStates) -> Statistics:
-        """What the scorer remembers after tokens were read again; see `Scorer.observe_again`."""
-        return self._observe(lambda alone, new: self.scorer.observe_again(alone), states.for_stage("scorer"), 0)
+    @property
+    def rereading(self) -> dict[str, Stage]:
+        """The stages for which the prompt, or a part of it, is read again."""
+        return {name: stage for name, stage in self.stages.items() if stage.reads_again}
+
+    def observe_again(self, states: LayerStates) -> dict[str, Statistics]:
+        """What each stage that wants it remembers after tokens were read again; see `Stage.observe_again`."""
+        return {
+            name: self._observe(lambda alone, _, stage=stage: stage.observe_again(alone), states.for_stage(name), 0)
+            for name, stage in self.rereading.items()
+        }
 
     def _observe(self, observe: Observe, states: LayerStates, new: int) -> Statistics | None:
         if states.rows_agree:

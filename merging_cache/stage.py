@@ -39,8 +39,12 @@ class Stage:
     needs_module: bool = False
     """True if the stage reads `states.module`."""
     reads_again: bool = False
-    """True for a scorer that is shown what attends to each token while the model reads the context once more, see
-    `Scorer.observe_again`."""
+    """True for a stage that is shown what attends to each token while the model reads the prompt, or a part of it, once
+    more; see `observe_again`."""
+    again_tokens: int | None = None
+    """How many tokens from the middle of the prompt are enough then; `None` for all of it."""
+    chunk_size: int = 2048
+    """How many are read at a time."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -54,6 +58,14 @@ class Stage:
         new tokens). What is returned comes back in `states.statistics`, here and when the stage is run.
         """
         return None
+
+    def observe_again(self, states: LayerStates) -> Statistics:
+        """Remember something about tokens that are read again, where the stage `reads_again`.
+
+        `states.queries` and `states.again` are their queries and keys, `states.statistics` what the last call returned;
+        they see all stored tokens and, of themselves, those before them.
+        """
+        raise NotImplementedError
 
     def settle(self, statistics: Statistics, folded: Tensor) -> Statistics:
         """What to go on remembering once a fold is done: all of it, or less where later folds can do with less.

@@ -148,7 +148,7 @@ def test_kvzip_equals_loops_whatever_the_size_of_tiles(plus, monkeypatch):
     scorer = KVzipScorer(plus=plus)
     expected = reference.kvzip(states, plus)
     torch.testing.assert_close(score(scorer, states), expected, rtol=1e-4, atol=1e-6)
-    monkeypatch.setattr("merging_cache.scorers.kvzip.TILE", 1)
+    monkeypatch.setattr("merging_cache.states.attention.TILE", 1)
     torch.testing.assert_close(score(scorer, states), expected, rtol=1e-4, atol=1e-6)
 
 

@@ -5,6 +5,7 @@ from .auto import AutoBudget
 from .base import Budget
 from .layers import PerLayerBudget, PyramidBudget
 from .over_layers import GlobalBudget
+from .profile import ProfileBudget
 from .threshold import ThresholdBudget
 from .uniform import UniformBudget
 
@@ -13,6 +14,7 @@ BUDGETS: dict[str, type[Budget]] = {
     "auto": AutoBudget,
     "global": GlobalBudget,
     "per_layer": PerLayerBudget,
+    "profile": ProfileBudget,
     "pyramid": PyramidBudget,
     "threshold": ThresholdBudget,
     "uniform": UniformBudget,
@@ -25,6 +27,7 @@ __all__ = [
     "Budget",
     "GlobalBudget",
     "PerLayerBudget",
+    "ProfileBudget",
     "PyramidBudget",
     "ThresholdBudget",
     "UniformBudget",

@@ -6,6 +6,7 @@ from .hybrid import HybridLayer, MergingHybridLayer, linear_attention_state
 from .joint import JointFold
 from .merging import MergingLayer
 from .padding import Padding
+from .profiled import Profiled
 from .seen import TokensSeen
 from .shared import Shared
 
@@ -16,6 +17,7 @@ __all__ = [
     "MergingHybridLayer",
     "MergingLayer",
     "Padding",
+    "Profiled",
     "SecondReading",
     "Shared",
     "TokensSeen",

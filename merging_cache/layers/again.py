@@ -77,10 +77,11 @@ class SecondReading:
 
     Args:
         chunk_size: tokens that are read at a time.
+        part: how many tokens from the middle are read again; `None` for all.
     """
 
-    def __init__(self, chunk_size: int) -> None:
-        self.chunk_size = chunk_size
+    def __init__(self, chunk_size: int, part: int | None = None) -> None:
+        self.chunk_size, self.part = chunk_size, part
         self._passes: list[tuple[str, Tensor]] = []  # the name of the model's argument, and what came
 
     def check(self, given: Mapping[str, Any]) -> None:
@@ -135,8 +136,9 @@ class SecondReading:
         padded = padding.of_tokens(torch.arange(seen, device=device).expand(batch, -1))
         real = torch.ones(batch, seen, dtype=torch.bool, device=device) if padded is None else ~padded
         most = most_positions(decoder.config)
-        with tqdm(total=new, desc="reading again", unit=" tokens", disable=new < SHOWN_FROM) as bar:
-            for index, there in chunks(real[:, seen - new :], self.chunk_size):
+        total = new if self.part is None else min(new, self.part)
+        with tqdm(total=total, desc="reading again", unit=" tokens", disable=total < SHOWN_FROM) as bar:
+            for index, there in chunks(real[:, seen - new :], self.chunk_size, self.part):
                 first = real.sum(dim=1, keepdim=True)
                 if most is not None:
                     first = first.clamp_max(most - index.shape[1])
@@ -153,13 +155,17 @@ class SecondReading:
         self.clear()
 
 
-def chunks(real: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The real tokens of each row, `size` at a time: their indices `[B, q]`, and where there is one.
+def chunks(real: Tensor, size: int, part: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The real tokens of each row, or `part` from their middle, `size` at a time: indices `[B, q]`, and where one is.
 
     Each row begins with its own first token, so that it is cut as it would be alone.
     """
     order = (~real).to(torch.uint8).sort(dim=1, stable=True).indices
     counts = real.sum(dim=1, keepdim=True)
+    if part is not None:
+        first = (counts - part).clamp_min(0) // 2
+        index = (first + torch.arange(part, device=real.device)).clamp_max(order.shape[1] - 1)
+        order, counts = order.gather(1, index), counts.clamp_max(part)
     for start in range(0, int(counts.max()), size):
         index = order[:, start : min(start + size, int(counts.max()))]
         yield index, torch.arange(start, start + index.shape[1], device=real.device) < counts

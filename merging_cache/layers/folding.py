@@ -3,9 +3,10 @@
 Knows nothing of how tokens are scored, chosen and merged (`fold.py`), nor of when it is time (`merging.py`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,8 +99,7 @@ class FoldingLayer(StoredLayer):
             norms = None if hidden_states is None else torch.linalg.vector_norm(hidden_states.float(), dim=-1)
             again = Again(given[:, :, self.num_stored :], norms)
             states = replace(states, queries=queries, query_positions=positions, again=again)
-            statistics = self._shared.fold.observe_again(states)
-        self._observed.remembered = self._observed.remembered | {"scorer": statistics}
+            self._observed.remembered = self._observed.remembered | self._shared.fold.observe_again(states)
         self.was_read_again = True
 
     # Folding ----------------------------------------------------------------------------------------------------------
@@ -120,8 +120,8 @@ class FoldingLayer(StoredLayer):
 
     def fold_with_others(self, *stored: Tensor) -> None:
         """The same after a pass, which reaches the other layers later: where layers fold together, with the last."""
-        if not self.fold_is_due or self._shared.again is not None:
-            return  # it waits for the second reading
+        if not self.fold_is_due or self._shared.is_to_be_read_again:
+            return
         if self.joint is None:
             self.fold_if_due(*stored)
             return
@@ -189,8 +189,29 @@ class FoldingLayer(StoredLayer):
             scaling=observed.scaling,
             layer_idx=self.layer_idx,
             layer_rank=self.layer_rank,
+            head_shares=self._head_shares,
             traced=self._shared.traced,
             known_seen=None if self._shared.padding.is_there else self.seen,
+        )
+
+    def probed(self) -> list[Tensor]:
+        """By row `[H, L]`, what its tokens drew of the attention of those that were read again; it is not kept.
+
+        Without those that keep their slots whatever they draw.
+        """
+        scores = self._observed.remembered.pop("budget").tokens
+        real = self._shared.padding.row_positions(self.positions)[:, 0] >= 0
+        rows = [of_row[:, there] for of_row, there in zip(scores, real, strict=True)]
+        first, last = self._shared.fold.sink_tokens, self._shared.fold.recent_tokens
+        return [row[:, first : row.shape[1] - last] if row.shape[1] > first + last else row for row in rows]
+
+    @property
+    def _head_shares(self) -> Callable[[float], Tensor] | None:
+        profiled = self._shared.profiled
+        return (
+            None
+            if profiled is None or profiled.profile is None
+            else partial(profiled.profile.shares, self.layer_rank[0])
         )
 
     def _replace(self, slots: Slots) -> None:

@@ -120,9 +120,10 @@ class Guards:
 
     def check_read_again(self, was_read: bool) -> None:
         """Refuse to fold by a second reading that did not take place."""
-        if self.shared.again is not None and not was_read:
+        if self.shared.is_to_be_read_again and not was_read:
+            names = " and ".join(stage.stage_name for stage in self.shared.fold.rereading.values())
             raise ValueError(
-                f"{self.shared.fold.scorer.stage_name} has {self.shared.link.model_name} read the prompt again, but it "
+                f"{names} has {self.shared.link.model_name} read the prompt again, but it "
                 f"is not linked (any more). Give the cache the model, {self.shared.link.cache_name}(model=model, ...), "
                 "and fold before it is released or pickled: with fold_at='prefill', or by cache.fold()"
             )

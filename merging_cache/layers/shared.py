@@ -11,6 +11,7 @@ from ..model import Link
 from ..storage import EvenStorage
 from .joint import JointFold
 from .padding import Padding
+from .profiled import Profiled
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Shared:
         new_storage: makes the storage of a layer.
         traced: whether to keep where every evicted token went.
         joint: the layers that fold together, where the budget is over layers.
-        again: what is to be read again, where the scorer wants that.
+        again: what is to be read again, where a stage wants that.
+        profiled: how many tokens each head needs, where the budget goes by that.
     """
 
     config: MergingConfig
@@ -39,11 +41,19 @@ class Shared:
     traced: bool = False
     joint: JointFold | None = None
     again: Any = None  # a `SecondReading`, which knows layers
+    profiled: Profiled | None = None
+
+    @property
+    def is_to_be_read_again(self) -> bool:
+        """Whether folds have to wait until the prompt, or a part of it, was read again."""
+        if self.again is None:
+            return False
+        return self.fold.scorer.reads_again or self.profiled is None or self.profiled.profile is None
 
     def twin(self) -> "Shared":
         """For a copy of the cache: another batch, linked and released by itself."""
         joint = None if self.joint is None else self.joint.twin()
-        own = {name: copy.deepcopy(getattr(self, name)) for name in ("padding", "link", "again")}
+        own = {name: copy.deepcopy(getattr(self, name)) for name in ("padding", "link", "again", "profiled")}
         return replace(self, joint=joint, **own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":

@@ -25,6 +25,7 @@ from .attention import PREFIX, forget_hidden_states, keep_hidden_states, registe
 
 _links: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the config of a linked model's decoder to its ModelLink
 _links_lock = threading.RLock()
+_memories: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the same config to what its caches have found out about it
 
 
 # What a cache holds ---------------------------------------------------------------------------------------------------
@@ -93,6 +94,12 @@ class Link:
         """Have the decoder of a linked model tell its caches of every pass, before and after; while it is linked."""
         if self._model_link is not None:
             self._model_link.watch_passes()
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What caches have found out about the linked model, for later ones."""
+        model = None if self._model_link is None else self._model_link.model()
+        return {} if model is None else _memories.setdefault(decoder_config(model), {})
 
     @property
     def decoder(self) -> torch.nn.Module | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..stage import Spec, Stage, build_stage
-from ..states import LayerStates, Statistics
+from ..states import LayerStates
 
 
 class Scorer(Stage, ABC):
@@ -34,17 +34,6 @@ class Scorer(Stage, ABC):
 
     default_budget: str = "uniform"
     """The budget that goes with this scorer, by name: what `budget="auto"` is where the cache has the model."""
-
-    chunk_size: int
-    """Tokens that are read again at a time, where the scorer `reads_again`."""
-
-    def observe_again(self, states: LayerStates) -> Statistics:
-        """Remember something about tokens that are read again, where the scorer `reads_again`.
-
-        `states.queries` and `states.again` are their queries and keys, `states.statistics` what the last call returned;
-        they see all stored tokens and, of themselves, those before them.
-        """
-        raise NotImplementedError
 
     @abstractmethod
     def score(self, states: LayerStates) -> Tensor:

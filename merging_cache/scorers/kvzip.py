@@ -1,14 +1,12 @@
 """Tokens that the model looks at when it reads the context once more."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..stage import option
-from ..states import TILE, LayerStates, Statistics
-from .attention import group_logits
+from ..states import LayerStates, Statistics, again_tiles
 from .base import Scorer, remembered
 from .critical_kv import projected_norms
 
@@ -56,28 +54,3 @@ class KVzipScorer(Scorer):
 
     def score(self, states: LayerStates) -> Tensor:
         return states.statistics.tokens
-
-
-def again_tiles(states: LayerStates) -> Iterator[Tensor]:
-    """`[B, H, G, m, L]` in fp32, the softmax weights over the L stored tokens of m queries at a time.
-
-    They are the queries of tokens that are read again, which see all that is stored and, of themselves, those before
-    them and their own; over the lengths of the attention's input where these are known. Caps on the logits and learned
-    sinks, which a few models have, are left out.
-    """
-    batch, heads, length = states.keys.shape[:3]
-    queries = states.queries.unflatten(1, (heads, -1)).float() * states.logit_scale
-    stored, own = states.keys.float(), states.again.keys.float()
-    index = torch.arange(own.shape[2], device=own.device)
-    step = max(1, TILE // (batch * queries.shape[1] * queries.shape[2] * (length + own.shape[2])))
-    for start in range(0, queries.shape[3], step):
-        asking = queries[:, :, :, start : start + step]
-        over_stored, over_own = group_logits(asking, stored), group_logits(asking, own)
-        if states.log_mass is not None:
-            over_stored += states.log_mass[:, :, None, None]
-        later = index > index[start : start + step, None]
-        over_own = over_own.masked_fill_(later, -torch.inf).logsumexp(dim=-1)
-        total = torch.logaddexp(over_stored.logsumexp(dim=-1), over_own)
-        if states.again.norms is not None:
-            total += states.again.norms[:, None, None, start : start + step].log()
-        yield over_stored.sub_(total.unsqueeze(-1)).exp_()

@@ -7,8 +7,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from ..stage import option
-from ..states import LayerStates, Statistics
-from .attention import group_logits
+from ..states import LayerStates, Statistics, group_logits
 from .base import Scorer, remembered, standardized
 from .once import mean_where_unknown
 

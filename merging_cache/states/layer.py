@@ -121,6 +121,8 @@ class LayerStates:
         layer_rank: `(i, n)`, this is folding layer `i` of `n`, or `None` where that is not known.
         heads: `[H]`, which of the layer's KV heads these are, or `None` for all of them in order.
         num_heads: how many KV heads the layer has, where these are not all of them.
+        head_shares: for a fraction of its tokens that the cache keeps, the fraction `[H]` that each of these heads
+            keeps, or `None` where that is not known.
         num_slots: how many slots per head the layer is about to be folded to, or `None` where it is not.
         traced: whether mergers are to tell where every token went (`Slots.holders`).
         known_seen: how many tokens every row has seen, where no row has padding and that is known without asking the
@@ -150,6 +152,7 @@ class LayerStates:
     layer_rank: tuple[int, int] | None = None
     heads: Tensor | None = None
     num_heads: int | None = None
+    head_shares: Callable[[float], Tensor] | None = None
     num_slots: int | None = None
     traced: bool = False
     known_seen: int | None = None

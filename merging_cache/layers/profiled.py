@@ -1,0 +1,52 @@
+"""Profiled: how many tokens each head of a model needs, found once and remembered for its later caches."""
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..budgets.profile import Profile, ProfileBudget, table_of
+
+
+class Probed(Protocol):
+    """What a layer has to be able to tell."""
+
+    def probed(self) -> list[Tensor]:
+        """By row `[H, L]`, what its tokens drew of the attention of those that were read again."""
+
+
+class Profiled:
+    """A cache's side of it.
+
+    Args:
+        budget: by which heads get their fractions.
+        memory: what is remembered of the model, whichever cache found it.
+        group: the processes that hold the heads of each layer among them, or `None` for this one.
+    """
+
+    def __init__(self, budget: ProfileBudget, memory: MutableMapping[str, Any], group: Any = None) -> None:
+        self.budget, self.group = budget, group
+        self._memory = memory
+
+    @property
+    def profile(self) -> Profile | None:
+        """`None` until it is known."""
+        return self._memory.get(repr(self.budget))
+
+    def learn(self, layers: Sequence[Probed]) -> None:
+        """Find it, once all layers have been told of the tokens that were read again."""
+        tables = [table_of(layer.probed()) for layer in layers]
+        everyone = torch.cat(tables)
+        if self.group is not None:
+            of_processes: list[Any] = [None] * dist.get_world_size(self.group)
+            dist.all_gather_object(of_processes, everyone, self.group)
+            everyone = torch.cat(of_processes)
+        self._memory[repr(self.budget)] = Profile(tables, everyone)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Profiled":
+        return Profiled(self.budget, self._memory, self.group)  # of the same model
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Profiled, (self.budget, dict(self._memory))  # models and processes do not travel with caches
