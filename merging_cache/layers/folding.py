@@ -19,6 +19,7 @@ from ..storage import store
 from .guards import Guards
 from .joint import JointFold, Scored
 from .observed import Observed, by_stored_head
+from .profiled import middle
 from .shared import Shared
 from .stored import StoredLayer
 
@@ -195,15 +196,11 @@ class FoldingLayer(StoredLayer):
         )
 
     def probed(self) -> list[Tensor]:
-        """By row `[H, L]`, what its tokens drew of the attention of those that were read again; it is not kept.
-
-        Without those that keep their slots whatever they draw.
-        """
+        """By row `[H, n]`, what its tokens that were read again drew of their own attention then; it is not kept."""
         scores = self._observed.remembered.pop("budget").tokens
         real = self._shared.padding.row_positions(self.positions)[:, 0] >= 0
         rows = [of_row[:, there] for of_row, there in zip(scores, real, strict=True)]
-        first, last = self._shared.fold.sink_tokens, self._shared.fold.recent_tokens
-        return [row[:, first : row.shape[1] - last] if row.shape[1] > first + last else row for row in rows]
+        return [row[:, middle(row.shape[1], self._shared.again.part)] for row in rows]
 
     @property
     def _head_shares(self) -> Callable[[float], Tensor] | None:

@@ -50,3 +50,9 @@ class Profiled:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Profiled, (self.budget, dict(self._memory))  # models and processes do not travel with caches
+
+
+def middle(count: int, part: int | None) -> slice:
+    """Of `count` tokens the `part` from their middle; all of them for `None`."""
+    first = 0 if part is None else max(0, count - part) // 2
+    return slice(first, count if part is None else min(count, first + part))
