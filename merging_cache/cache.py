@@ -25,7 +25,16 @@ from .layers import (
     Shared,
     TokensSeen,
 )
-from .model import Link, can_link, check_supported, config_of, reads_stored_keys, takes_masks, tensor_parallel_group
+from .model import (
+    Link,
+    can_link,
+    can_read_again,
+    check_supported,
+    config_of,
+    reads_stored_keys,
+    takes_masks,
+    tensor_parallel_group,
+)
 from .report import CacheReport, Fates, report_layers
 from .stage import check_number
 from .storage import DenseStorage, EvenStorage
@@ -93,7 +102,8 @@ class MergingDynamicCache(DynamicCache):
         self._recording = False
         self._config = None if config is None else config.get_text_config(decoder=True)
         linked = model is not None and can_link(model) and takes_masks(self._config)
-        fold, folds = self.merging.build(linked), self.merging.compression_ratio != 0
+        rereads = linked and can_read_again(config) and can_read_again(self._config)
+        fold, folds = self.merging.build(linked, rereads), self.merging.compression_ratio != 0
         folding = [index for index, layer in enumerate(self.layers) if type(layer) in (DynamicLayer, HybridLayer)]
         if folding and folds:
             late = self.merging.fold_at == "decode"
@@ -104,11 +114,11 @@ class MergingDynamicCache(DynamicCache):
         link = Link(model, config, needed, type(self).__name__, hidden_states)
         group = tensor_parallel_group(model)
         joint = JointFold(fold.budget, group) if fold.budget.over_layers else None
-        if folds and fold.rereading and config is not None and config.is_encoder_decoder:
+        if folds and fold.rereading and linked and not rereads:
             names = " and ".join(stage.stage_name for stage in fold.rereading.values())
             raise ValueError(
-                f"{type(config).__name__.removesuffix('Config')} reads its prompt in an encoder, so its decoder cannot "
-                f"read it again; choose other stages than {names}, such as scorer='keydiff' and budget='adakv'"
+                f"{type(model).__name__} cannot read a prompt again behind itself: it reads it in an encoder, or puts "
+                f"tokens in a plane. Choose other stages than {names}, such as scorer='keydiff' and budget='adakv'"
             )
         profiled = (
             Profiled(fold.budget, link.memory, group) if folds and isinstance(fold.budget, ProfileBudget) else None
@@ -224,6 +234,8 @@ class MergingDynamicCache(DynamicCache):
         again, layers = self._shared.again, self.folding_layers
         decoder = self._shared.link.decoder if self._shared.is_to_be_read_again else None
         if decoder is not None and any(layer.fold_is_due for layer in layers):
+            for layer in layers:
+                layer.check_finite()
             again.run(self.layers, self._shared.padding, decoder)
             if self._shared.profiled is not None and self._shared.profiled.profile is None:
                 self._shared.profiled.learn(layers)
@@ -234,7 +246,6 @@ class MergingDynamicCache(DynamicCache):
     def before_pass(self, given: Mapping[str, Any]) -> None:
         """The model is about to read; called by its decoder, where the scorer reads again."""
         if self._shared.is_to_be_read_again:
-            self._shared.again.check(given)
             new = given["input_ids" if given.get("inputs_embeds") is None else "inputs_embeds"].shape[1]
             if any(layer.folds_before(new) for layer in self.folding_layers):
                 self.fold()
@@ -242,9 +253,16 @@ class MergingDynamicCache(DynamicCache):
     def after_pass(self, given: Mapping[str, Any]) -> None:
         """The model has read; called by its decoder, where the scorer reads again."""
         if self._shared.is_to_be_read_again:
-            self._shared.again.note(given)
-            if self.merging.fold_at == "prefill" and not any(layer.record_past for layer in self.folding_layers):
-                self.fold()
+            new, layers = self._shared.again.note(given), self.folding_layers
+            if self.merging.fold_at == "prefill" and not any(layer.record_past for layer in layers):
+                try:
+                    self.fold()
+                except Exception:
+                    self._shared.again.truncate(new)
+                    for layer in layers:
+                        if layer.fold_is_due:
+                            layer.undo_pass()
+                    raise
 
     def fixed(self, max_new_tokens: int) -> FixedCache:
         """What this cache holds, with room for `max_new_tokens` and no more, for decoding that is compiled.

@@ -5,6 +5,7 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration, DynamicCache
 
 from merging_cache import MergingDynamicCache, MergingQuantizedCache, Reading
+from merging_cache.budgets import AdaKVBudget
 from merging_cache.layers import MergingHybridLayer, again
 from merging_cache.model import cache_argument
 from merging_cache.scorers import KVzipScorer
@@ -143,12 +144,14 @@ def test_what_cannot_be_read_again_is_refused():
     cache.release()
     with pytest.raises(ValueError, match="KVzipScorer has LlamaForCausalLM read the prompt again, but"):
         cache.fold()
-    with pytest.raises(ValueError, match="Bart reads its prompt in an encoder, so its decoder cannot read it again"):
-        kvzip(BartForConditionalGeneration(BartConfig(**BART)))
-    cache = kvzip(model, compression_ratio=0.5)
-    planes = torch.arange(40).expand(3, 1, 40) * torch.tensor([1, 2, 3]).view(3, 1, 1)
-    with pytest.raises(NotImplementedError, match="with images, or other tokens that are placed in a plane"):
-        cache.before_pass({"input_ids": ids, "position_ids": planes})
+    bart = BartForConditionalGeneration(BartConfig(**BART))
+    with pytest.raises(ValueError, match="BartForConditionalGeneration cannot read a prompt again behind itself"):
+        kvzip(bart)
+    assert MergingDynamicCache(model=bart).folding_layers[0].budget == AdaKVBudget()
+    planes = llama()
+    planes.config.rope_parameters |= {"mrope_section": [2, 3, 3]}
+    with pytest.raises(ValueError, match="cannot read a prompt again .* Choose other stages than KVzipScorer"):
+        kvzip(planes)
     other = llama()
     config = MergingDynamicCache(config=other.config, scorer="kvzip", **WINDOW)
     other(ids, **cache_argument(config))

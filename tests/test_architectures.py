@@ -371,7 +371,7 @@ def outcome_of_heads(model_type, budget):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("budget", ["uniform", "adakv", "global"])
+@pytest.mark.parametrize("budget", ["uniform", "adakv", "global", "profile"])
 def test_heads_keep_tokens_of_their_own(budget):
     exact, wrong = [], {}
     for model_type in causal_lm_types():

@@ -565,9 +565,10 @@ def test_slots_and_merged_and_dropped_are_all_tokens(merger):
     cache = MergingDynamicCache(model=model, merger=merger, max_tokens=32, recent_tokens=6)
     for piece in prompt(400).split(50, dim=1):
         model(piece, **cache_argument(cache))
+    slots = sum(layer.slots_per_head.sum() for layer in cache.layers)
+    assert 32 * 4 - 2 <= slots <= 32 * 4
     for layer in cache.layers:
         slots = (layer.positions >= 0).sum(dim=-1)
-        assert slots.float().mean() == 32
         assert (layer.num_merged + layer.num_dropped + slots == 400).all()
         assert (layer.num_merged >= 0).all()
         if isinstance(merger, dict) and merger["name"] == "count":
@@ -581,7 +582,8 @@ def test_slots_and_merged_and_dropped_are_all_tokens(merger):
 def test_without_a_rotary_embedding_the_last_queries_are_kept(chunk):
     model, ids = tiny_model("gpt2"), prompt(90)
     source = {"name": "stratified", "count": 16}
-    cache = MergingDynamicCache(model=model, merger={"name": "mass", "queries": source}, fold_at="decode", **WINDOW)
+    how = {"budget": "adakv", "merger": {"name": "mass", "queries": source}, "fold_at": "decode"}
+    cache = MergingDynamicCache(model=model, **how, **WINDOW)
     for piece in ids.split(chunk or 90, dim=1):
         model(piece, **cache_argument(cache))
     order = cache.layers[0]._observed.remembered["merger"].queries[1][0, 0, :, 1]

@@ -119,6 +119,15 @@ def test_the_first_prompt_is_probed_and_later_ones_know():
 
 
 @torch.no_grad()
+def test_a_short_prompt_speaks_for_itself_only():
+    model = llama()
+    cache = profiled(model, compression_ratio=0.5)
+    model(prompt(20), **cache_argument(cache))
+    assert not cache._shared.is_to_be_read_again
+    assert profiled(model)._shared.is_to_be_read_again
+
+
+@torch.no_grad()
 def test_another_model_is_probed_by_itself():
     for model in (llama(), llama()):
         cache = profiled(model, compression_ratio=0.5)

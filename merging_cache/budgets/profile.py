@@ -92,7 +92,8 @@ class Profile:
 def table_of(scores: Sequence[Tensor]) -> Tensor:
     """`[H, LEVELS]`, quantiles of the logarithms of scores `[H, L]`, the mean over several prompts."""
     levels = torch.linspace(0, 1, LEVELS, dtype=torch.double)
-    tables = [torch.quantile(one.cpu().double().clamp_min(1e-30).log(), levels, dim=1).mT for one in scores]
+    scores = [one.cpu().double() for one in scores if one.shape[1]]  # rows that are all padding tell nothing
+    tables = [torch.quantile(one.clamp_min(1e-30).log(), levels, dim=1).mT for one in scores]
     return torch.stack(tables).mean(dim=0)
 
 

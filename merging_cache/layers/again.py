@@ -84,23 +84,11 @@ class SecondReading:
         self.chunk_size, self.part = chunk_size, part
         self._passes: list[tuple[str, Tensor]] = []  # the name of the model's argument, and what came
 
-    def check(self, given: Mapping[str, Any]) -> None:
-        """Refuse a pass by the arguments of the model, before it is read.
-
-        Raises:
-            NotImplementedError: for tokens that are placed by more than their position in the text.
-        """
-        positions = given.get("position_ids")
-        if positions is not None and positions.dim() == 3 and not bool((positions == positions[:1]).all()):
-            raise NotImplementedError(
-                "a context with images, or other tokens that are placed in a plane, cannot be read again behind "
-                "itself; choose another scorer, such as 'keydiff'"
-            )
-
-    def note(self, given: Mapping[str, Any]) -> None:
-        """Take down a pass by the arguments of the model."""
+    def note(self, given: Mapping[str, Any]) -> int:
+        """Take down a pass by the arguments of the model; returns how many tokens it had."""
         name = "inputs_embeds" if given.get("inputs_embeds") is not None else "input_ids"
         self._passes.append((name, given[name].detach()))
+        return given[name].shape[1]
 
     def clear(self) -> None:
         """Forget what came."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..budgets import Budget
+from ..fold import check_finite
 from ..mergers import Merger
 from ..states import Again, LayerStates, Slots, Tally
 from ..storage import store
@@ -63,6 +64,7 @@ class FoldingLayer(StoredLayer):
         self.fold_is_due = False
         self.scored: Scored | None = None
         self.was_read_again = False
+        self._last_pass: tuple[int, Observed] | None = None  # its length and what was observed before, to undo it
         self._observed = Observed()
 
     @property
@@ -79,6 +81,10 @@ class FoldingLayer(StoredLayer):
     def nbytes(self) -> int:
         """Bytes held, what was observed included."""
         return super().nbytes + self._observed.nbytes
+
+    def check_finite(self) -> None:
+        """Refuse to read anything again behind states that cannot be folded."""
+        check_finite(self._states(*self.storage.read()))
 
     def observe_again(
         self, query: Tensor, key: Tensor, given: Tensor, positions: Tensor, hidden_states: Tensor | None
@@ -217,7 +223,7 @@ class FoldingLayer(StoredLayer):
         self.storage = store(slots, self._shared.new_storage)
         self._observed.settle(self._shared.fold, slots)
         self.tally = Tally.after(self.tally, slots)
-        self.fold_is_due, self.scored, self.was_read_again = False, None, False
+        self.fold_is_due, self.scored, self.was_read_again, self._last_pass = False, None, False, None
 
     def release(self) -> None:
         """Forget the attention module, so that this cache does not keep the model alive."""

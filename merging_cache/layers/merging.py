@@ -109,14 +109,19 @@ class MergingLayer(FoldingLayer):
             before: what was observed before it, which is all that stays if the fold is refused.
         """
         if self.fold_is_due and not self.record_past and self._shared.config.fold_at == "prefill":
+            self._last_pass = new, before
             try:
                 self.fold_with_others(keys, values)
             except Exception:
-                self.fold_is_due, self.scored, self._observed = False, None, before
-                self.take_back(new)
+                self.undo_pass()
                 raise
         if not self.fold_is_due and self.folds_before(new):
             self.storage.settle()
+
+    def undo_pass(self) -> None:
+        """Be as before the last pass, whose fold was refused."""
+        (new, self._observed), self.fold_is_due, self.scored = self._last_pass, False, None
+        self.take_back(new)
 
     def folds_before(self, new: int) -> bool:
         """Whether a fold that is due is done no later than before a pass of `new` tokens."""

@@ -28,28 +28,33 @@ class Profiled:
 
     def __init__(self, budget: ProfileBudget, memory: MutableMapping[str, Any], group: Any = None) -> None:
         self.budget, self.group = budget, group
-        self._memory = memory
+        self._memory, self._own = memory, None
 
     @property
     def profile(self) -> Profile | None:
         """`None` until it is known."""
-        return self._memory.get(repr(self.budget))
+        return self._own or self._memory.get(repr(self.budget))
 
     def learn(self, layers: Sequence[Probed]) -> None:
         """Find it, once all layers have been told of the tokens that were read again."""
-        tables = [table_of(layer.probed()) for layer in layers]
+        probed = [layer.probed() for layer in layers]
+        tables = [table_of(rows) for rows in probed]
         everyone = torch.cat(tables)
         if self.group is not None:
             of_processes: list[Any] = [None] * dist.get_world_size(self.group)
             dist.all_gather_object(of_processes, everyone, self.group)
             everyone = torch.cat(of_processes)
-        self._memory[repr(self.budget)] = Profile(tables, everyone)
+        self._own = Profile(tables, everyone)
+        if min(row.shape[1] for row in probed[0]) >= self.budget.probe_tokens:  # a short prompt speaks for itself only
+            self._memory[repr(self.budget)] = self._own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Profiled":
-        return Profiled(self.budget, self._memory, self.group)  # of the same model
+        twin = Profiled(self.budget, self._memory, self.group)  # of the same model
+        twin._own = self._own
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Profiled, (self.budget, dict(self._memory))  # models and processes do not travel with caches
+        return Profiled, (self.budget, {repr(self.budget): self.profile})  # models and processes do not travel
 
 
 def middle(count: int, part: int | None) -> slice:

@@ -6,7 +6,15 @@ from .link import Link, can_link, linked_model, merging_attention
 from .loading import SHIPPED_MODELS, LoadedModel, load_model, model_folder
 from .parallel import tensor_parallel_group
 from .rotary import Rotary, rotary_of
-from .support import check_supported, config_of, most_positions, reads_stored_keys, settings, takes_masks
+from .support import (
+    can_read_again,
+    check_supported,
+    config_of,
+    most_positions,
+    reads_stored_keys,
+    settings,
+    takes_masks,
+)
 
 __all__ = [
     "CACHE_ARGUMENT",
@@ -17,6 +25,7 @@ __all__ = [
     "Rotary",
     "cache_argument",
     "can_link",
+    "can_read_again",
     "check_supported",
     "config_of",
     "find_pass",

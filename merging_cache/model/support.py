@@ -35,6 +35,12 @@ def takes_masks(config: PreTrainedConfig) -> bool:
     return config.model_type not in REPEATS_HEADS and not reads_stored_keys(config)
 
 
+def can_read_again(config: PreTrainedConfig) -> bool:
+    """Whether a prompt can be read once more behind itself: not in an encoder, nor where tokens lie in a plane."""
+    ropes = [rope for name in ("rope_parameters", "rope_scaling") for rope in settings(config, name)]
+    return not config.is_encoder_decoder and not any("mrope_section" in (rope or ()) for rope in ropes)
+
+
 def reads_stored_keys(config: PreTrainedConfig) -> bool:
     """Whether the model reads what its layers store before it hands them the next tokens (Dory's first loops do)."""
     return getattr(config, "recurrent_kv_cache_mode", None) == "last_loop"
