@@ -28,7 +28,7 @@ from .layers import (
 from .model import (
     Link,
     can_link,
-    can_read_again,
+    check_rereadable,
     check_supported,
     config_of,
     reads_stored_keys,
@@ -102,31 +102,23 @@ class MergingDynamicCache(DynamicCache):
         self._recording = False
         self._config = None if config is None else config.get_text_config(decoder=True)
         linked = model is not None and can_link(model) and takes_masks(self._config)
-        rereads = linked and can_read_again(config) and can_read_again(self._config)
-        fold, folds = self.merging.build(linked, rereads), self.merging.compression_ratio != 0
+        fold, folds = self.merging.build(linked), self.merging.compression_ratio != 0
         folding = [index for index, layer in enumerate(self.layers) if type(layer) in (DynamicLayer, HybridLayer)]
         if folding and folds:
             late = self.merging.fold_at == "decode"
             check_supported(self._config, folding, fold.merger.merges_values, fold.fits_masks, late)
+        if folds and fold.rereading and linked:
+            check_rereadable(config, self._config, [stage.stage_name for stage in fold.rereading.values()])
         padding, needed = Padding(attention_mask), folds and fold.needs_attention
         hidden_states = needed and fold.needs_hidden_states
         # last of what may raise, so that no model is left linked
         link = Link(model, config, needed, type(self).__name__, hidden_states)
         group = tensor_parallel_group(model)
         joint = JointFold(fold.budget, group) if fold.budget.over_layers else None
-        if folds and fold.rereading and linked and not rereads:
-            names = " and ".join(stage.stage_name for stage in fold.rereading.values())
-            raise ValueError(
-                f"{type(model).__name__} cannot read a prompt again behind itself: it reads it in an encoder, or puts "
-                f"tokens in a plane. Choose other stages than {names}, such as scorer='keydiff' and budget='adakv'"
-            )
-        profiled = (
-            Profiled(fold.budget, link.memory, group) if folds and isinstance(fold.budget, ProfileBudget) else None
-        )
-        again = None
-        if folds and fold.rereading:
-            part = None if fold.scorer.reads_again else fold.budget.again_tokens
-            again = SecondReading(fold.scorer.chunk_size, part)
+        by_profile = folds and isinstance(fold.budget, ProfileBudget)
+        profiled = Profiled(fold.budget, link.memory, group) if by_profile else None
+        part = None if fold.scorer.reads_again else fold.budget.again_tokens
+        again = SecondReading(fold.scorer.chunk_size, part) if folds and fold.rereading else None
         self._shared = Shared(self.merging, fold, padding, link, self._storage(), trace, joint, again, profiled)
         if self._shared.is_to_be_read_again:
             link.watch_passes()
@@ -231,16 +223,18 @@ class MergingDynamicCache(DynamicCache):
 
     def fold(self) -> "MergingDynamicCache":
         """Fold now what waits for its fold, as prompts do with `fold_at="decode"`; returns the cache."""
-        again, layers = self._shared.again, self.folding_layers
-        decoder = self._shared.link.decoder if self._shared.is_to_be_read_again else None
+        shared, layers = self._shared, self.folding_layers
+        decoder = shared.link.decoder if shared.is_to_be_read_again else None
         if decoder is not None and any(layer.fold_is_due for layer in layers):
             for layer in layers:
                 layer.check_finite()
-            again.run(self.layers, self._shared.padding, decoder)
-            if self._shared.profiled is not None and self._shared.profiled.profile is None:
-                self._shared.profiled.learn(layers)
+            shared.again.run(self.layers, shared.padding, decoder)
+            if shared.profiled is not None:
+                shared.profiled.learn(layers)
         for layer in layers:
             layer.fold()
+        if shared.profiled is not None:
+            shared.profiled.forget_rows()
         return self
 
     def before_pass(self, given: Mapping[str, Any]) -> None:
@@ -253,16 +247,17 @@ class MergingDynamicCache(DynamicCache):
     def after_pass(self, given: Mapping[str, Any]) -> None:
         """The model has read; called by its decoder, where the scorer reads again."""
         if self._shared.is_to_be_read_again:
-            new, layers = self._shared.again.note(given), self.folding_layers
-            if self.merging.fold_at == "prefill" and not any(layer.record_past for layer in layers):
-                try:
-                    self.fold()
-                except Exception:
-                    self._shared.again.truncate(new)
-                    for layer in layers:
-                        if layer.fold_is_due:
-                            layer.undo_pass()
-                    raise
+            new = self._shared.again.note(given)
+            if self.merging.fold_at == "decode" or any(layer.record_past for layer in self.folding_layers):
+                return
+            try:
+                self.fold()
+            except Exception:
+                self._shared.again.truncate(new)
+                for layer in self.folding_layers:
+                    if layer.fold_is_due:
+                        layer.undo_pass()
+                raise
 
     def fixed(self, max_new_tokens: int) -> FixedCache:
         """What this cache holds, with room for `max_new_tokens` and no more, for decoding that is compiled.

@@ -34,7 +34,7 @@ class MergingConfig:
             `max(1, floor(seen * (1 - compression_ratio)))` slots. 0.5 unless `max_tokens` is given; 0 folds nothing.
         max_tokens: instead of a ratio, at most this many slots per head after a fold.
         budget: how slots are shared among layers and heads: a name of `BUDGETS`, a dict or a `Budget`. `"auto"` is the
-            scorer's own where the cache is given the model (`"profile"` for `keydiff`, `"global"` for `kvzip`,
+            scorer's own where the cache is given the model (`"adakv"` for `keydiff`, `"global"` for `kvzip`,
             `"pyramid"` for `pyramidkv`, `"uniform"` for the others), `"uniform"` where it is given its config only or
             the model cannot be linked.
         merger: what becomes of the evicted: a name of `MERGERS`, a dict or a `Merger`. `"auto"` is `"mass"` where the
@@ -99,12 +99,12 @@ class MergingConfig:
             recent_tokens=self.recent_tokens,
         )
         folds = {
-            (linked, rereads): dataclasses.replace(
+            linked: dataclasses.replace(
                 fold,
-                budget=fold.budget.resolve(linked, rereads, fold.scorer.default_budget),
+                budget=fold.budget.resolve(linked, fold.scorer.default_budget),
                 merger=fold.merger.resolve(linked),
             )
-            for linked, rereads in ((False, False), (True, False), (True, True))
+            for linked in (False, True)
         }
         object.__setattr__(self, "_folds", folds)
 
@@ -117,14 +117,13 @@ class MergingConfig:
             return min(self.max_tokens, seen)
         return max(1, math.floor(seen * (1 - self.compression_ratio)))
 
-    def build(self, linked: bool = False, rereads: bool | None = None) -> Fold:
+    def build(self, linked: bool = False) -> Fold:
         """The fold this config describes: always the same one, so that layers share what its stages have loaded.
 
         Args:
             linked: whether the cache has the model, which is what `"auto"` goes by.
-            rereads: whether the model can then read a prompt again, as most can.
         """
-        return self._folds[linked, linked if rereads is None else linked and rereads]
+        return self._folds[linked]
 
     @property
     def label(self) -> str:

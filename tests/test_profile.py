@@ -35,8 +35,8 @@ def test_fractions_are_those_of_one_threshold(heads_of_layers, keep, seed):
     powers = [1 + 3 * torch.rand(heads, 1, generator=generator) for heads in heads_of_layers]
     layers = [torch.rand(len(power), 2000, generator=generator) ** power for power in powers]
     tables = [table_of([scores]) for scores in layers]
-    profile = Profile(tables, torch.cat(tables))
-    shares = torch.cat([profile.shares(layer, keep) for layer in range(len(layers))])
+    profile = Profile(tables, torch.cat(tables, dim=1))
+    shares = torch.cat([profile.shares(layer, keep)[0] for layer in range(len(layers))])
     assert shares.mean().item() == pytest.approx(keep, abs=1e-6)
     assert ((shares >= 0) & (shares <= 1)).all()
     scores = torch.cat(layers)
@@ -49,9 +49,19 @@ def test_fractions_are_those_of_one_threshold(heads_of_layers, keep, seed):
 def test_equal_scores_are_shared_evenly():
     """No threshold keeps half of what is all alike."""
     tables = [table_of([torch.ones(2, 50)]), table_of([torch.ones(1, 50)])]
-    profile = Profile(tables, torch.cat(tables))
-    assert profile.shares(0, 0.3).tolist() == pytest.approx([0.3, 0.3])
-    assert profile.shares(1, 0.3).tolist() == pytest.approx([0.3])
+    profile = Profile(tables, torch.cat(tables, dim=1))
+    assert profile.shares(0, 0.3)[0].tolist() == pytest.approx([0.3, 0.3])
+    assert profile.shares(1, 0.3)[0].tolist() == pytest.approx([0.3])
+
+
+def test_each_row_has_its_own_threshold():
+    rows = [torch.rand(3, 400) ** power for power in (1, 4)]
+    tables = [table_of([one[:2] for one in rows]), table_of([one[2:] for one in rows])]
+    together = Profile(tables, torch.cat(tables, dim=1))
+    for row in range(2):
+        alone = together.select_rows(torch.tensor([row]))
+        for layer in range(2):
+            assert torch.equal(together.shares(layer, 0.4)[row], alone.shares(layer, 0.4)[0])
 
 
 @given(st.lists(st.floats(0, 50), min_size=1, max_size=9))
@@ -73,13 +83,13 @@ def test_heads_keep_their_best(length, num_slots, data):
 
     def shares(keep):
         asked.append(keep)
-        return torch.tensor([share, max(0.0, min(1.0, 2 * keep - share))], dtype=torch.double)
+        return torch.tensor([[share, max(0.0, min(1.0, 2 * keep - share))]], dtype=torch.double)
 
     states = LayerStates(scores.unsqueeze(-1), scores.unsqueeze(-1), head_shares=shares)
     kept = ProfileBudget().allocate(scores, states, num_slots).mask(length)[0]
     (keep,) = asked
     assert keep == pytest.approx((num_slots - 2) / (length - 2))
-    wanted = 2 + rounded(shares(keep) * (length - 2))
+    wanted = 2 + rounded(shares(keep) * (length - 2))[0]
     for head, count in enumerate(wanted.tolist()):
         assert kept[head].nonzero().squeeze(1).tolist() == reference.top_tokens(scores[0, head].tolist(), count)
 
@@ -122,8 +132,9 @@ def test_the_first_prompt_is_probed_and_later_ones_know():
 def test_a_short_prompt_speaks_for_itself_only():
     model = llama()
     cache = profiled(model, compression_ratio=0.5)
-    model(prompt(20), **cache_argument(cache))
-    assert not cache._shared.is_to_be_read_again
+    for _ in range(2):  # and what comes after it once more
+        model(prompt(20), **cache_argument(cache))
+        assert cache._shared.is_to_be_read_again
     assert profiled(model)._shared.is_to_be_read_again
 
 
@@ -136,14 +147,19 @@ def test_another_model_is_probed_by_itself():
         assert not cache._shared.is_to_be_read_again
 
 
-def test_padded_rows_equal_the_row_alone_once_it_is_known():
+@pytest.mark.parametrize("known", [False, True])
+def test_padded_rows_equal_the_row_alone(known):
+    """Before anything is known of the model each row is probed for itself."""
     model, lengths = llama(), [60, 41, 12]
-    model(prompt(80), **cache_argument(profiled(model)))
+    if known:
+        model(prompt(80), **cache_argument(profiled(model)))
     inputs = left_padded(lengths)
     options = {"merger": "auto", "max_tokens": 20}
     together = greedy(model, inputs, **cache_argument(profiled(model, **options)))
     for row, length in enumerate(lengths):
         ids = inputs["input_ids"][row : row + 1, -length:]
+        if not known:
+            model = llama()
         alone = greedy(model, ids, **cache_argument(profiled(model, **options)))
         for mine, theirs in zip(together.logits, alone.logits, strict=True):
             torch.testing.assert_close(mine[row], theirs[0], rtol=1e-4, atol=1e-4)

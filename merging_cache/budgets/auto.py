@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..states import LayerStates, Survivors
-from .adakv import AdaKVBudget
 from .base import Budget
 from .uniform import UniformBudget
 
@@ -15,16 +14,14 @@ class AutoBudget(Budget):
     """The scorer's own where the cache has the model, `uniform` where it has the config only.
 
     A scorer's own (`Scorer.default_budget`) is `pyramid` for `pyramidkv`, `global` for `kvzip`, and for `keydiff`, the
-    default, `profile`, chosen by what was measured on real weights (`examples/README.md`); `adakv` where the model
-    cannot read a prompt again. Others have `uniform`: the scores of many of them cannot be compared between heads.
-    `cache.report()` says which of them runs.
+    default, `adakv`, chosen by what was measured on real weights (`examples/README.md`). Others have `uniform`: the
+    scores of many of them cannot be compared between heads. `cache.report()` says which of them runs.
     """
 
-    def resolve(self, linked: bool, rereads: bool, own: str) -> Budget:
+    def resolve(self, linked: bool, own: str) -> Budget:
         from . import BUDGETS
 
-        budget = BUDGETS[own]() if linked else UniformBudget()
-        return AdaKVBudget() if budget.reads_again and not rereads else budget
+        return BUDGETS[own]() if linked else UniformBudget()
 
     def allocate(self, scores: Tensor, states: LayerStates, num_slots: int) -> Survivors:
         return UniformBudget().allocate(scores, states, num_slots)

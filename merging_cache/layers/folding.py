@@ -3,16 +3,16 @@
 Knows nothing of how tokens are scored, chosen and merged (`fold.py`), nor of when it is time (`merging.py`).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..budgets import Budget
+from ..budgets.profile import HeadShares
 from ..fold import check_finite
 from ..mergers import Merger
 from ..states import Again, LayerStates, Slots, Tally
@@ -203,19 +203,16 @@ class FoldingLayer(StoredLayer):
 
     def probed(self) -> list[Tensor]:
         """By row `[H, n]`, what its tokens that were read again drew of their own attention then; it is not kept."""
-        scores = self._observed.remembered.pop("budget").tokens
-        real = self._shared.padding.row_positions(self.positions)[:, 0] >= 0
+        new = slice(self.num_stored - self._tail, None)  # what is older was read again before
+        scores = self._observed.remembered.pop("budget").tokens[:, :, new]
+        real = self._shared.padding.row_positions(self.positions)[:, 0, new] >= 0
         rows = [of_row[:, there] for of_row, there in zip(scores, real, strict=True)]
         return [row[:, middle(row.shape[1], self._shared.again.part)] for row in rows]
 
     @property
-    def _head_shares(self) -> Callable[[float], Tensor] | None:
-        profiled = self._shared.profiled
-        return (
-            None
-            if profiled is None or profiled.profile is None
-            else partial(profiled.profile.shares, self.layer_rank[0])
-        )
+    def _head_shares(self) -> HeadShares | None:
+        profile = None if self._shared.profiled is None else self._shared.profiled.profile
+        return None if profile is None else HeadShares(profile, self.layer_rank[0])
 
     def _replace(self, slots: Slots) -> None:
         """Store folded slots in place of everything."""

@@ -39,22 +39,24 @@ class Profiled:
         """Find it, once all layers have been told of the tokens that were read again."""
         probed = [layer.probed() for layer in layers]
         tables = [table_of(rows) for rows in probed]
-        everyone = torch.cat(tables)
+        everyone = torch.cat(tables, dim=1)
         if self.group is not None:
             of_processes: list[Any] = [None] * dist.get_world_size(self.group)
             dist.all_gather_object(of_processes, everyone, self.group)
-            everyone = torch.cat(of_processes)
+            everyone = torch.cat(of_processes, dim=1)
         self._own = Profile(tables, everyone)
         if min(row.shape[1] for row in probed[0]) >= self.budget.probe_tokens:  # a short prompt speaks for itself only
-            self._memory[repr(self.budget)] = self._own
+            self._memory[repr(self.budget)] = self._own.mean
+
+    def forget_rows(self) -> None:
+        """After the fold it was found for each row goes; what is remembered of the model stays."""
+        self._own = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Profiled":
-        twin = Profiled(self.budget, self._memory, self.group)  # of the same model
-        twin._own = self._own
-        return twin
+        return Profiled(self.budget, self._memory, self.group)  # of the same model
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Profiled, (self.budget, {repr(self.budget): self.profile})  # models and processes do not travel
+        return Profiled, (self.budget, dict(self._memory))  # models and processes do not travel
 
 
 def middle(count: int, part: int | None) -> slice:

@@ -7,7 +7,7 @@ from .loading import SHIPPED_MODELS, LoadedModel, load_model, model_folder
 from .parallel import tensor_parallel_group
 from .rotary import Rotary, rotary_of
 from .support import (
-    can_read_again,
+    check_rereadable,
     check_supported,
     config_of,
     most_positions,
@@ -25,7 +25,7 @@ __all__ = [
     "Rotary",
     "cache_argument",
     "can_link",
-    "can_read_again",
+    "check_rereadable",
     "check_supported",
     "config_of",
     "find_pass",

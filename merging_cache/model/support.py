@@ -35,10 +35,22 @@ def takes_masks(config: PreTrainedConfig) -> bool:
     return config.model_type not in REPEATS_HEADS and not reads_stored_keys(config)
 
 
-def can_read_again(config: PreTrainedConfig) -> bool:
-    """Whether a prompt can be read once more behind itself: not in an encoder, nor where tokens lie in a plane."""
-    ropes = [rope for name in ("rope_parameters", "rope_scaling") for rope in settings(config, name)]
-    return not config.is_encoder_decoder and not any("mrope_section" in (rope or ()) for rope in ropes)
+def check_rereadable(config: PreTrainedConfig, decoder: PreTrainedConfig, stages: Iterable[str]) -> None:
+    """Refuse stages for which a prompt is read once more behind itself, where it cannot be.
+
+    Args:
+        config, decoder: the model's, and that of its text model.
+        stages: their names.
+
+    Raises:
+        ValueError: for a prompt that is read in an encoder, and for tokens that lie in a plane, as those of images do.
+    """
+    ropes = [rope for name in ("rope_parameters", "rope_scaling") for rope in settings(decoder, name)]
+    if config.is_encoder_decoder or any("mrope_section" in (rope or ()) for rope in ropes):
+        raise ValueError(
+            f"{config.model_type} cannot read a prompt again behind itself: it reads it in an encoder, or puts tokens "
+            f"in a plane. Choose other stages than {' and '.join(stages)}, such as scorer='keydiff' and budget='adakv'"
+        )
 
 
 def reads_stored_keys(config: PreTrainedConfig) -> bool:

@@ -121,8 +121,8 @@ class LayerStates:
         layer_rank: `(i, n)`, this is folding layer `i` of `n`, or `None` where that is not known.
         heads: `[H]`, which of the layer's KV heads these are, or `None` for all of them in order.
         num_heads: how many KV heads the layer has, where these are not all of them.
-        head_shares: for a fraction of its tokens that the cache keeps, the fraction `[H]` that each of these heads
-            keeps, or `None` where that is not known.
+        head_shares: gives for a fraction of their tokens that all heads of the cache keep, the fraction `[B or 1, H]`
+            that each of these keeps; `None` where that is not known.
         num_slots: how many slots per head the layer is about to be folded to, or `None` where it is not.
         traced: whether mergers are to tell where every token went (`Slots.holders`).
         known_seen: how many tokens every row has seen, where no row has padding and that is known without asking the
@@ -152,7 +152,7 @@ class LayerStates:
     layer_rank: tuple[int, int] | None = None
     heads: Tensor | None = None
     num_heads: int | None = None
-    head_shares: Callable[[float], Tensor] | None = None
+    head_shares: Any = None
     num_slots: int | None = None
     traced: bool = False
     known_seen: int | None = None
@@ -217,6 +217,7 @@ class LayerStates:
         return self._of_tokens(
             take,
             valid=None if self.valid is None else take(self.valid),
+            head_shares=None if self.head_shares is None else self.head_shares.select_rows(rows),
             queries=queries,
             query_positions=query_positions,
             again=None if self.again is None else self.again.select(rows, asked),
