@@ -1,6 +1,7 @@
 """Every scorer with every budget and merger, dense and quantized: swapping one is a change of config alone."""
 
 import functools
+import itertools
 import warnings
 
 import pytest
@@ -76,10 +77,23 @@ def new_cache(quantized, **how):
     return MergingDynamicCache(model=model(), **how)
 
 
+def triples():
+    """A third of all scorers, budgets and mergers, chosen so that each two of them meet."""
+    names = sorted(SCORERS), sorted(BUDGETS.keys() - {"auto"}), sorted(MERGERS)
+    for numbers in itertools.product(*map(range, map(len, names))):
+        if sum(numbers) % 3 == 0:
+            yield tuple(of[number] for of, number in zip(names, numbers, strict=True))
+
+
+def test_each_two_stages_meet():
+    found = set(triples())
+    names = [set(SCORERS), BUDGETS.keys() - {"auto"}, set(MERGERS)]
+    for left, right in ((0, 1), (0, 2), (1, 2)):
+        assert {(one[left], one[right]) for one in found} == set(itertools.product(names[left], names[right]))
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("merger", sorted(MERGERS))
-@pytest.mark.parametrize("budget", sorted(BUDGETS.keys() - {"auto"}))
-@pytest.mark.parametrize("scorer", sorted(SCORERS))
+@pytest.mark.parametrize(("scorer", "budget", "merger"), triples())
 def test_padded_turns_equal_rows_alone(scorer, budget, merger, weights):
     """Dense and quantized, over two turns; after the first both have kept the very same tokens."""
     how, inputs, first_turns = options(scorer, budget, merger, weights), left_padded(LENGTHS), []

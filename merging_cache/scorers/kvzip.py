@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..stage import option
-from ..states import LayerStates, Statistics, again_tiles
+from ..states import LayerStates, Statistics, again_tiles, drawn_again
 from .base import Scorer, remembered
 from .critical_kv import projected_norms
 
@@ -17,9 +17,9 @@ class KVzipScorer(Scorer):
 
     After the prompt, and before anything is generated, the cache has the model read its tokens once more behind it, in
     chunks that see all of the context and themselves. No instruction stands in front of them. The score is the maximum
-    over the tokens read again and the query heads of the group, of the softmax over the context and the chunk. It takes
-    about as long as the prompt itself. In later turns only what came since is read again; earlier tokens keep the
-    larger of both scores.
+    over the tokens read again and the query heads of the group, of the softmax over the context and the chunk. The
+    reading takes about as long as the prompt itself, and on a CPU the scoring as long again. In later turns only what
+    came since is read again; earlier tokens keep the larger of both scores.
 
     Args:
         chunk_size: tokens that are read again at a time: with more of them it takes more memory and less time.
@@ -45,11 +45,11 @@ class KVzipScorer(Scorer):
         return self.plus
 
     def observe_again(self, states: LayerStates) -> Statistics:
-        best = remembered(states)
-        added = projected_norms(states, 2) if self.plus else None
-        for weights in again_tiles(states):
-            drawn = weights.amax(dim=3)  # [B, H, G, L]
-            best = torch.maximum(best, (drawn if added is None else drawn * added).amax(dim=2))
+        if not self.plus:
+            return Statistics(tokens=drawn_again(states))
+        best, added = remembered(states), projected_norms(states, 2)
+        for logs in again_tiles(states):
+            best = torch.maximum(best, (logs.amax(dim=3).exp() * added).amax(dim=2))
         return Statistics(tokens=best)
 
     def score(self, states: LayerStates) -> Tensor:

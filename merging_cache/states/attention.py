@@ -21,13 +21,13 @@ def drawn_again(states: LayerStates) -> Tensor:
     best = torch.zeros(states.keys.shape[:3], device=states.keys.device)
     if states.statistics is not None and states.statistics.tokens is not None:
         best = states.statistics.tokens
-    for weights in again_tiles(states):
-        best = torch.maximum(best, weights.amax(dim=(2, 3)))
+    for logs in again_tiles(states):
+        best = torch.maximum(best, logs.amax(dim=(2, 3)).exp())
     return best
 
 
 def again_tiles(states: LayerStates) -> Iterator[Tensor]:
-    """`[B, H, G, m, L]` in fp32, the softmax weights over the L stored tokens of m queries at a time.
+    """`[B, H, G, m, L]` in fp32, the logarithms of the softmax weights over the L stored tokens of m queries at a time.
 
     They are the queries of tokens that are read again, which see all that is stored and, of themselves, those before
     them and their own; over the lengths of the attention's input where these are known. Caps on the logits and learned
@@ -48,4 +48,4 @@ def again_tiles(states: LayerStates) -> Iterator[Tensor]:
         total = torch.logaddexp(over_stored.logsumexp(dim=-1), over_own)
         if states.again.norms is not None:
             total += states.again.norms[:, None, None, start : start + step].log()
-        yield over_stored.sub_(total.unsqueeze(-1)).exp_()
+        yield over_stored.sub_(total.unsqueeze(-1))
