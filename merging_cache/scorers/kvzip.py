@@ -17,9 +17,9 @@ class KVzipScorer(Scorer):
 
     After the prompt, and before anything is generated, the cache has the model read its tokens once more behind it, in
     chunks that see all of the context and themselves. No instruction stands in front of them. The score is the maximum
-    over the tokens read again and the query heads of the group, of the softmax over the context and the chunk. The
-    reading takes about as long as the prompt itself, and on a CPU the scoring as long again. In later turns only what
-    came since is read again; earlier tokens keep the larger of both scores.
+    over the tokens read again and the query heads of the group, of the softmax over the context and the chunk. On a
+    CPU that takes three to five times as long as the prompt itself. In later turns only what came since is read again;
+    earlier tokens keep the larger of both scores.
 
     Args:
         chunk_size: tokens that are read again at a time: with more of them it takes more memory and less time.
