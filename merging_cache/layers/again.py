@@ -18,6 +18,7 @@ from ..model import Pass, cache_argument, most_positions
 from .folding import FoldingLayer
 from .hybrid import HybridLayer, LinearAttentionLayer, linear_attention_state
 from .padding import Padding
+from .profiled import middle_start
 
 SHOWN_FROM = 4096  # tokens from which it takes long enough for a progress bar
 
@@ -125,6 +126,7 @@ class SecondReading:
         real = torch.ones(batch, seen, dtype=torch.bool, device=device) if padded is None else ~padded
         most = most_positions(decoder.config)
         total = new if self.part is None else min(new, self.part)
+        takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
         with tqdm(total=total, desc="reading again", unit=" tokens", disable=total < SHOWN_FROM) as bar:
             for index, there in chunks(real[:, seen - new :], self.chunk_size, self.part):
                 first = real.sum(dim=1, keepdim=True)
@@ -134,7 +136,7 @@ class SecondReading:
                 inputs = {"inputs_embeds" if embeds else "input_ids": take(given, index)}
                 if padded is not None:
                     inputs["attention_mask"] = torch.cat([real, there], dim=1).long()
-                if "position_ids" in inspect.signature(decoder.forward).parameters:
+                if takes_positions:
                     inputs["position_ids"] = positions
                 known = positions.masked_fill(~there, -1)
                 cache = Cache(layers=[again(layer, known) for layer in layers])
@@ -151,8 +153,7 @@ def chunks(real: Tensor, size: int, part: int | None) -> Iterator[tuple[Tensor, 
     order = (~real).to(torch.uint8).sort(dim=1, stable=True).indices
     counts = real.sum(dim=1, keepdim=True)
     if part is not None:
-        first = (counts - part).clamp_min(0) // 2
-        index = (first + torch.arange(part, device=real.device)).clamp_max(order.shape[1] - 1)
+        index = (middle_start(counts, part) + torch.arange(part, device=real.device)).clamp_max(order.shape[1] - 1)
         order, counts = order.gather(1, index), counts.clamp_max(part)
     for start in range(0, int(counts.max()), size):
         index = order[:, start : min(start + size, int(counts.max()))]

@@ -59,7 +59,12 @@ class Profiled:
         return Profiled, (self.budget, dict(self._memory))  # models and processes do not travel
 
 
+def middle_start(count: Any, part: int) -> Any:
+    """Where `part` tokens in the middle of `count` begin; of a number, or of a tensor of them."""
+    return (count - part) * (count > part) // 2
+
+
 def middle(count: int, part: int | None) -> slice:
     """Of `count` tokens the `part` from their middle; all of them for `None`."""
-    first = 0 if part is None else max(0, count - part) // 2
+    first = 0 if part is None else middle_start(count, part)
     return slice(first, count if part is None else min(count, first + part))

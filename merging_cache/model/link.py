@@ -243,9 +243,15 @@ class ModelLink:
         ]
 
 
+@functools.cache
+def _signature(kind: type[torch.nn.Module]) -> inspect.Signature:
+    """Of the forward of a class of modules; asked for in every step."""
+    return inspect.signature(kind.forward)
+
+
 def _given(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The cache that a decoder was given, and all its arguments by name."""
-    given = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+    given = _signature(type(decoder)).bind_partial(decoder, *args, **kwargs).arguments
     given |= given.pop("kwargs", {})
     return given.get("cache", given.get("past_key_values")), given
 
