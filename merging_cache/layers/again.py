@@ -39,13 +39,13 @@ class AgainLayer(DynamicLayer):
         """All that the other stores, and the keys and values `[B, H, q, D]` of the pass."""
         stored = self._layer.storage.read()
         both = tuple(torch.cat([old, new], dim=2) for old, new in zip(stored, (key_states, value_states), strict=True))
-        self._given = both[0]
+        self._given = both
         Pass(self, self._layer.layer_idx, both[0].shape[2], *self._layer.fitted_slots()).announce(both[0])
         return both
 
     def attended(self, query: Tensor, key: Tensor, hidden_states: Tensor | None, **rest: Any) -> None:
         """Tell the other layer."""
-        self._layer.observe_again(query, key, self._given, self._positions, hidden_states)
+        self._layer.observe_again(query, key, *self._given, self._positions, hidden_states)
 
     def get_seq_length(self) -> int:
         return self._layer.seen

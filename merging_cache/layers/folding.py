@@ -87,24 +87,31 @@ class FoldingLayer(StoredLayer):
         check_finite(self._states(*self.storage.read()))
 
     def observe_again(
-        self, query: Tensor, key: Tensor, given: Tensor, positions: Tensor, hidden_states: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        hidden_states: Tensor | None,
     ) -> None:
         """Have the scorer look at tokens that are read again.
 
         Args:
             query: `[B, Hq, q, D]`.
             key: what the attention was given.
-            given: `[B, H, L + q, D]`, the stored keys and those of these tokens.
+            keys, values: `[B, H, L + q, D]`, the stored ones and those of these tokens.
             positions: `[B, q]`, negative where a row has no such token.
             hidden_states: `[B, q, hidden]`, the attention's input, where someone asked for it.
         """
         self.guards.check_hidden_states(hidden_states)
         with self._in_full_precision():
-            queries = by_stored_head(query.detach(), key, given)
-            self.guards.check_comparable(queries, key, given)
-            states = self._states(*self.storage.read())
+            queries = by_stored_head(query.detach(), key, keys)
+            self.guards.check_comparable(queries, key, keys)
+            stored = slice(self.num_stored)
+            states = self._states(keys[:, :, stored], values[:, :, stored])
             norms = None if hidden_states is None else torch.linalg.vector_norm(hidden_states.float(), dim=-1)
-            again = Again(given[:, :, self.num_stored :], norms)
+            again = Again(keys[:, :, self.num_stored :], norms)
             states = replace(states, queries=queries, query_positions=positions, again=again)
             self._observed.remembered = self._observed.remembered | self._shared.fold.observe_again(states)
         self.was_read_again = True
