@@ -28,6 +28,7 @@ from .layers import (
 from .model import (
     Link,
     can_link,
+    can_reread,
     check_rereadable,
     check_supported,
     config_of,
@@ -102,13 +103,13 @@ class MergingDynamicCache(DynamicCache):
         self._recording = False
         self._config = None if config is None else config.get_text_config(decoder=True)
         linked = model is not None and can_link(model) and takes_masks(self._config)
-        fold, folds = self.merging.build(linked), self.merging.compression_ratio != 0
+        fold, folds = self.merging.build(linked, linked and can_reread(config)), self.merging.compression_ratio != 0
         folding = [index for index, layer in enumerate(self.layers) if type(layer) in (DynamicLayer, HybridLayer)]
         if folding and folds:
             late = self.merging.fold_at == "decode"
             check_supported(self._config, folding, fold.merger.merges_values, fold.fits_masks, late)
         if folds and fold.rereading and linked:
-            check_rereadable(config, self._config, [stage.stage_name for stage in fold.rereading.values()])
+            check_rereadable(config, [stage.stage_name for stage in fold.rereading.values()])
         padding, needed = Padding(attention_mask), folds and fold.needs_attention
         hidden_states = needed and fold.needs_hidden_states
         # last of what may raise, so that no model is left linked
@@ -224,17 +225,17 @@ class MergingDynamicCache(DynamicCache):
     def fold(self) -> "MergingDynamicCache":
         """Fold now what waits for its fold, as prompts do with `fold_at="decode"`; returns the cache."""
         shared, layers = self._shared, self.folding_layers
-        decoder = shared.link.decoder if shared.is_to_be_read_again else None
+        decoder, finish = shared.link.decoder if shared.is_to_be_read_again else None, None
         if decoder is not None and any(layer.fold_is_due for layer in layers):
             for layer in layers:
                 layer.check_finite()
-            shared.again.run(self.layers, shared.padding, decoder)
+            finish = shared.again.run(self.layers, shared.padding, decoder, shared.row_is_due)
             if shared.profiled is not None:
                 shared.profiled.learn(layers)
         for layer in layers:
             layer.fold()
-        if shared.profiled is not None:
-            shared.profiled.forget_rows()
+        if finish is not None:
+            finish()
         return self
 
     def before_pass(self, given: Mapping[str, Any]) -> None:
@@ -361,16 +362,18 @@ class MergingDynamicCache(DynamicCache):
         for layer in self.layers:
             layer.reset()
         self._shared.padding.set(None)
-        if self._shared.again is not None:
-            self._shared.again.clear()
+        for part in (self._shared.again, self._shared.profiled):
+            if part is not None:
+                part.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row `beam_idx[i]` of the batch row i."""
         # repeating and selecting rows come here too: what every kind of layer can do is to take rows by index
         if (batch := self._batch) is not None:
             self._shared.padding.select_rows(beam_idx, batch)
-            if self._shared.again is not None:
-                self._shared.again.select_rows(beam_idx)
+            for part in (self._shared.again, self._shared.profiled):
+                if part is not None:
+                    part.select_rows(beam_idx)
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -34,7 +35,7 @@ class MergingConfig:
             `max(1, floor(seen * (1 - compression_ratio)))` slots. 0.5 unless `max_tokens` is given; 0 folds nothing.
         max_tokens: instead of a ratio, at most this many slots per head after a fold.
         budget: how slots are shared among layers and heads: a name of `BUDGETS`, a dict or a `Budget`. `"auto"` is the
-            scorer's own where the cache is given the model (`"adakv"` for `keydiff`, `"global"` for `kvzip`,
+            scorer's own where the cache is given the model (`"profile"` for `keydiff`, `"global"` for `kvzip`,
             `"pyramid"` for `pyramidkv`, `"uniform"` for the others), `"uniform"` where it is given its config only or
             the model cannot be linked.
         merger: what becomes of the evicted: a name of `MERGERS`, a dict or a `Merger`. `"auto"` is `"mass"` where the
@@ -99,12 +100,12 @@ class MergingConfig:
             recent_tokens=self.recent_tokens,
         )
         folds = {
-            linked: dataclasses.replace(
+            (linked, rereadable): dataclasses.replace(
                 fold,
-                budget=fold.budget.resolve(linked, fold.scorer.default_budget),
+                budget=fold.budget.resolve(linked, rereadable, fold.scorer.default_budget),
                 merger=fold.merger.resolve(linked),
             )
-            for linked in (False, True)
+            for linked, rereadable in itertools.product((False, True), repeat=2)
         }
         object.__setattr__(self, "_folds", folds)
 
@@ -117,13 +118,14 @@ class MergingConfig:
             return min(self.max_tokens, seen)
         return max(1, math.floor(seen * (1 - self.compression_ratio)))
 
-    def build(self, linked: bool = False) -> Fold:
+    def build(self, linked: bool = False, rereadable: bool = True) -> Fold:
         """The fold this config describes: always the same one, so that layers share what its stages have loaded.
 
         Args:
-            linked: whether the cache has the model, which is what `"auto"` goes by.
+            linked, rereadable: whether the cache has the model, and whether that can read a prompt again, which is what
+                `"auto"` goes by.
         """
-        return self._folds[linked]
+        return self._folds[linked, rereadable]
 
     @property
     def label(self) -> str:

@@ -87,10 +87,7 @@ class Fold:
 
     def observe_again(self, states: LayerStates) -> dict[str, Statistics]:
         """What each stage that wants it remembers after tokens were read again; see `Stage.observe_again`."""
-        return {
-            name: self._observe(lambda alone, _, stage=stage: stage.observe_again(alone), states.for_stage(name), 0)
-            for name, stage in self.rereading.items()
-        }
+        return {name: stage.observe_again(states.for_stage(name)) for name, stage in self.rereading.items()}
 
     def _observe(self, observe: Observe, states: LayerStates, new: int) -> Statistics | None:
         if states.rows_agree:

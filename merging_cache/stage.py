@@ -62,8 +62,9 @@ class Stage:
     def observe_again(self, states: LayerStates) -> Statistics:
         """Remember something about tokens that are read again, where the stage `reads_again`.
 
-        `states.queries` and `states.again` are their queries and keys, `states.statistics` what the last call returned;
-        they see all stored tokens and, of themselves, those before them.
+        `states.again` says what some of them attend to, `states.statistics` what the last call returned. They see all
+        stored tokens and, of themselves, those before them. Rows come as they are stored, with padding and where heads
+        have different numbers of tokens: weights are 0 where there is nothing.
         """
         raise NotImplementedError
 

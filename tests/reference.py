@@ -3,6 +3,7 @@
 The package must equal these; nothing here is shared with it.
 """
 
+import itertools
 import math
 import statistics
 
@@ -118,26 +119,19 @@ def snapkv(states, window, kernel):
 
 
 def kvzip(states, plus):
-    """The largest weight of any query that is read again, over what is stored and those read again before it."""
+    """The largest weight of any token that is read again and any query head of the group."""
     batch, heads, length, dim = states.keys.shape
-    group = states.queries.shape[1] // heads
-    keys, queries, again = vectors(states.keys), vectors(states.queries), vectors(states.again.keys)
-    values = vectors(states.values)
+    shown, values = vectors(states.again.weights), vectors(states.values)
     scores = torch.zeros(batch, heads, length)
-    for b in range(batch):
-        for head in range(group * heads):
-            kv = head // group
-            for i, query in enumerate(queries[b][head]):
-                weights = [math.exp(dot(query, key) * dim**-0.5) for key in keys[b][kv]]
-                own = [math.exp(dot(query, key) * dim**-0.5) for key in again[b][kv][: i + 1]]
-                total = sum(weights) + sum(own)
-                for j, weight in enumerate(weights):
-                    drawn = weight / total
-                    if plus:
-                        part = states.module.o_proj.weight[:, head * dim : (head + 1) * dim].double().tolist()
-                        added = norm([dot(row, values[b][kv][j]) for row in part])
-                        drawn *= added / states.again.norms[b, i].item()
-                    scores[b, kv, j] = max(scores[b, kv, j].item(), drawn)
+    for b, kv in itertools.product(range(batch), range(heads)):
+        for number, rows in enumerate(shown[b][kv]):
+            head = kv * len(shown[b][kv]) + number
+            part = states.module.o_proj.weight[:, head * dim : (head + 1) * dim].double().tolist()
+            for (i, row), j in itertools.product(enumerate(rows), range(length)):
+                drawn = row[j]
+                if plus:
+                    drawn *= norm([dot(line, values[b][kv][j]) for line in part]) / states.again.norms[b, i].item()
+                scores[b, kv, j] = max(scores[b, kv, j].item(), drawn)
     return scores
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from merging_cache import MergingConfig, MergingDynamicCache, Scorer
-from merging_cache.budgets import AdaKVBudget, PyramidBudget, UniformBudget
+from merging_cache.budgets import AdaKVBudget, ProfileBudget, PyramidBudget, UniformBudget
 from merging_cache.config import resolve_config
 from merging_cache.mergers import CountMerger, DropMerger, MassMerger, RefitMerger, SimilarityMerger, ValidatedMerger
 from merging_cache.mergers.queries import StratifiedQueries
@@ -27,7 +27,8 @@ def test_defaults():
         "recent_tokens": 32,
         "fold_at": "prefill",
     }
-    assert config.build(linked=True).budget == AdaKVBudget()
+    assert config.build(linked=True).budget == ProfileBudget()
+    assert config.build(linked=True, rereadable=False).budget == AdaKVBudget()
     assert config.build().budget == UniformBudget()
     assert config.build(linked=True).merger == MassMerger(lookup_share=0.002)
     assert config.build(linked=True).scorer is config.build().scorer
@@ -202,9 +203,9 @@ def test_a_budget_goes_with_the_scorer_it_came_with():
         return resolve_config(merging, options).build(linked).budget
 
     assert budget(MergingConfig(scorer="keydiff"), scorer="pyramidkv") == PyramidBudget()
-    assert budget(MergingConfig(scorer="pyramidkv"), scorer="keydiff") == AdaKVBudget()
+    assert budget(MergingConfig(scorer="pyramidkv"), scorer="keydiff") == ProfileBudget()
     assert budget({"scorer": "pyramidkv"}, scorer="snapkv") == UniformBudget()
-    assert budget({"scorer": {"name": "chunk_kv", "scorer": "keydiff"}}) == AdaKVBudget()
+    assert budget({"scorer": {"name": "chunk_kv", "scorer": "keydiff"}}) == ProfileBudget()
     assert budget({"scorer": "keydiff"}, linked=False) == UniformBudget()
     assert budget(MergingConfig(scorer="pyramidkv", budget="uniform"), scorer="keydiff") == UniformBudget()
     with pytest.raises(TypeError, match="budget"):

@@ -521,11 +521,11 @@ def test_stratified_queries_do_not_depend_on_chunks(chunk):
 @pytest.mark.parametrize("merger", ["count", "mass", "refit", {"name": "mass", "queries": "last"}])
 @pytest.mark.parametrize("fold_at", ["prefill", "decode"])
 def test_rows_whose_first_chunk_is_padding(merger, fold_at):
-    model, inputs = llama(), left_padded([60, 30])
-    options = {"model": model, "merger": merger, "max_tokens": 20, "fold_at": fold_at, **WINDOW}
-    together, alone = MergingDynamicCache(**options), MergingDynamicCache(**options)
+    model, by_itself, inputs = llama(), llama(), left_padded([60, 30])
+    options = {"merger": merger, "max_tokens": 20, "fold_at": fold_at, **WINDOW}
+    together, alone = (MergingDynamicCache(model=one, **options) for one in (model, by_itself))
     mine = greedy(model, inputs, 3, **cache_argument(together), prefill_chunk_size=15)
-    theirs = greedy(model, inputs["input_ids"][1:, 30:], 3, **cache_argument(alone), prefill_chunk_size=15)
+    theirs = greedy(by_itself, inputs["input_ids"][1:, 30:], 3, **cache_argument(alone), prefill_chunk_size=15)
     torch.testing.assert_close(torch.stack(mine.logits)[:, 1:], torch.stack(theirs.logits), rtol=1e-3, atol=1e-2)
 
 
@@ -618,15 +618,15 @@ def test_without_a_rotary_embedding_some_queries_are_left_after_the_fold(total):
     ],
 )
 def test_rows_that_are_padding_for_several_chunks(options):
-    model = llama()
+    model, by_itself = llama(), llama()  # which remembers what it needs
     inputs = left_padded([90, 25])
-    options = {"model": model, "max_tokens": 12, **WINDOW} | options
-    together, alone = MergingDynamicCache(**options), MergingDynamicCache(**options)
+    options = {"max_tokens": 12, **WINDOW} | options
+    together, alone = (MergingDynamicCache(model=one, **options) for one in (model, by_itself))
     mine = greedy(model, inputs, 3, **cache_argument(together), prefill_chunk_size=15)
     # the chunks that the row sees of its own: its first five tokens end one
     first, rest = inputs["input_ids"][1:, 65:75], inputs["input_ids"][1:, 75:]
-    model(first, **cache_argument(alone))
-    theirs = greedy(model, torch.cat([first, rest], dim=1), 3, **cache_argument(alone))
+    by_itself(first, **cache_argument(alone))
+    theirs = greedy(by_itself, torch.cat([first, rest], dim=1), 3, **cache_argument(alone))
     torch.testing.assert_close(torch.stack(mine.logits)[:, 1:], torch.stack(theirs.logits), rtol=1e-3, atol=1e-2)
 
 
@@ -646,8 +646,8 @@ def test_a_streamed_prompt_keeps_queries_from_all_over_it(chunk):
 @pytest.mark.parametrize("merger", ["auto", "cam", {"name": "refit", "merger": "drop"}])
 def test_rows_with_different_histories_keep_their_own_queries(merger):
     model = llama()
-    options = {"model": model, "merger": merger, "max_tokens": 20, **WINDOW}
-    together, alone = MergingDynamicCache(**options), MergingDynamicCache(**options)
+    options, by_itself = {"merger": merger, "max_tokens": 20, **WINDOW}, llama()  # which remembers what it needs
+    together, alone = (MergingDynamicCache(model=one, **options) for one in (model, by_itself))
     mask = torch.zeros(2, 0, dtype=torch.long)
     for turn, lengths in enumerate([(40, 20), (20, 40), (30, 30), (9, 9)]):
         inputs = left_padded(list(lengths), seed=turn)
@@ -655,7 +655,7 @@ def test_rows_with_different_histories_keep_their_own_queries(merger):
         new = inputs["input_ids"].shape[1]
         positions = (mask.cumsum(1) - 1)[:, -new:].clamp_min(0)
         mine = model(inputs["input_ids"], attention_mask=mask, position_ids=positions, **cache_argument(together))
-        theirs = model(inputs["input_ids"][1:, new - lengths[1] :], **cache_argument(alone))
+        theirs = by_itself(inputs["input_ids"][1:, new - lengths[1] :], **cache_argument(alone))
         torch.testing.assert_close(mine.logits[1, -1], theirs.logits[0, -1], rtol=1e-3, atol=1e-4)
 
 

@@ -1,6 +1,7 @@
 """The budget that gives each head its own fraction: the arithmetic against loops, and when it is found."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 import reference
 from merging_cache import LayerStates, MergingDynamicCache, Reading
 from merging_cache.budgets import ProfileBudget
-from merging_cache.budgets.profile import LEVELS, Profile, rounded, table_of
+from merging_cache.budgets.profile import STEPS, Profile, rounded, table_of
 from merging_cache.layers.profiled import middle
 from merging_cache.model import cache_argument
 from models import WINDOW, assert_same_cache, greedy, left_padded, llama, prompt
@@ -29,39 +30,45 @@ def counts(cache):
     return torch.cat([layer.slots_per_head[0] for layer in cache.folding_layers])
 
 
-@given(st.lists(st.integers(1, 3), min_size=1, max_size=4), st.floats(0.0, 1.0), st.integers(0, 10**6))
-def test_fractions_are_those_of_one_threshold(heads_of_layers, keep, seed):
+def table_by_counting(scores):
+    """What each head keeps of the best hundredth of all scores, the best two, and so on: `[N][STEPS + 1]`."""
+    ranked = sorted(((score, head) for head, row in enumerate(scores) for score in row), reverse=True)
+    table = []
+    for step in range(STEPS + 1):
+        best = ranked[: len(ranked) * step // STEPS]
+        table.append([sum(head == one for _, head in best) / len(scores[one]) for one in range(len(scores))])
+    return list(map(list, zip(*table, strict=True)))
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 10**6))
+def test_fractions_are_those_of_one_threshold(heads, hundreds, seed):
     generator = torch.Generator().manual_seed(seed)
-    powers = [1 + 3 * torch.rand(heads, 1, generator=generator) for heads in heads_of_layers]
-    layers = [torch.rand(len(power), 2000, generator=generator) ** power for power in powers]
-    tables = [table_of([scores]) for scores in layers]
-    profile = Profile(tables, torch.cat(tables, dim=1))
-    shares = torch.cat([profile.shares(layer, keep)[0] for layer in range(len(layers))])
-    assert shares.mean().item() == pytest.approx(keep, abs=1e-6)
-    assert ((shares >= 0) & (shares <= 1)).all()
-    scores = torch.cat(layers)
-    ranked = scores.flatten().sort(descending=True).values
-    threshold = ranked[min(len(ranked) - 1, round(keep * len(ranked)))]
-    exact = (scores > threshold).double().mean(dim=1)
-    torch.testing.assert_close(shares, exact, rtol=0, atol=2 / LEVELS)
+    scores = torch.rand(heads, 100 * hundreds, generator=generator) ** (1 + torch.arange(heads)[:, None])
+    table = table_of(scores)
+    assert table.mean(dim=0).tolist() == pytest.approx([step / STEPS for step in range(STEPS + 1)])
+    expected = torch.tensor(table_by_counting(scores.tolist()), dtype=torch.double)
+    torch.testing.assert_close(table, expected, rtol=0, atol=1 / scores.shape[1])
 
 
 def test_equal_scores_are_shared_evenly():
     """No threshold keeps half of what is all alike."""
-    tables = [table_of([torch.ones(2, 50)]), table_of([torch.ones(1, 50)])]
-    profile = Profile(tables, torch.cat(tables, dim=1))
-    assert profile.shares(0, 0.3)[0].tolist() == pytest.approx([0.3, 0.3])
-    assert profile.shares(1, 0.3)[0].tolist() == pytest.approx([0.3])
+    table = table_of(torch.ones(3, 50))
+    assert table[:, 30].tolist() == pytest.approx([0.3] * 3)
+    scores = torch.cat([torch.ones(2, 50), torch.zeros(2, 50)], dim=1)
+    assert table_of(scores)[:, 25].tolist() == pytest.approx([0.25] * 2)
 
 
-def test_each_row_has_its_own_threshold():
-    rows = [torch.rand(3, 400) ** power for power in (1, 4)]
-    tables = [table_of([one[:2] for one in rows]), table_of([one[2:] for one in rows])]
-    together = Profile(tables, torch.cat(tables, dim=1))
+def test_shares_lie_straight_between_hundredths_and_rows_stay_apart():
+    rows = [table_of(torch.rand(3, 400) ** torch.tensor([[power], [1], [2]])) for power in (1, 4)]
+    profile = Profile([torch.stack([one[:2] for one in rows]), torch.stack([one[2:] for one in rows])])
+    shares = torch.cat([profile.shares(layer, 0.404) for layer in range(2)], dim=1)
+    assert shares.mean(dim=1).tolist() == pytest.approx([0.404] * 2)
+    torch.testing.assert_close(shares, 0.6 * torch.stack(rows)[:, :, 40] + 0.4 * torch.stack(rows)[:, :, 41])
     for row in range(2):
-        alone = together.select_rows(torch.tensor([row]))
+        alone = profile.select_rows(torch.tensor([row]))
         for layer in range(2):
-            assert torch.equal(together.shares(layer, 0.4)[row], alone.shares(layer, 0.4)[0])
+            assert torch.equal(profile.shares(layer, 0.4)[row], alone.shares(layer, 0.4)[0])
+    assert profile.shares(0, 1.0).tolist() == [[1.0, 1.0]] * 2
 
 
 @given(st.lists(st.floats(0, 50), min_size=1, max_size=9))
@@ -129,13 +136,36 @@ def test_the_first_prompt_is_probed_and_later_ones_know():
 
 
 @torch.no_grad()
-def test_a_short_prompt_speaks_for_itself_only():
-    model = llama()
+def test_short_prompts_are_added_up():
+    """Each piece speaks for itself until together they are long enough, and then for the model."""
+    model, read = llama(), []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     cache = profiled(model, compression_ratio=0.5)
-    for _ in range(2):  # and what comes after it once more
-        model(prompt(20), **cache_argument(cache))
+    for seed in range(2):
+        model(prompt(10, seed=seed), **cache_argument(cache))
         assert cache._shared.is_to_be_read_again
     assert profiled(model)._shared.is_to_be_read_again
+    for seed in range(2, 4):
+        model(prompt(10, seed=seed), **cache_argument(cache))
+        assert not cache._shared.is_to_be_read_again
+    assert read == [10, 10] * 3 + [10]
+    assert not profiled(model)._shared.is_to_be_read_again
+
+
+@torch.no_grad()
+def test_a_cache_keeps_to_its_profile_until_it_is_emptied():
+    """Whatever other caches of the model find out meanwhile."""
+    model = llama()
+    cache, other = profiled(model, compression_ratio=0.5), profiled(model, compression_ratio=0.5)
+    model(prompt(10), **cache_argument(cache))
+    model(prompt(60), **cache_argument(other))
+    assert cache._shared.is_to_be_read_again
+    cache.reset()
+    assert not cache._shared.is_to_be_read_again
+    found = other._shared.profiled.profile
+    model(prompt(60, seed=3), **cache_argument(cache))
+    for mine, theirs in zip(cache._shared.profiled.profile.tables, found.tables, strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @torch.no_grad()
@@ -148,21 +178,57 @@ def test_another_model_is_probed_by_itself():
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_padded_rows_equal_the_row_alone(known):
-    """Before anything is known of the model each row is probed for itself."""
-    model, lengths = llama(), [60, 41, 12]
-    if known:
-        model(prompt(80), **cache_argument(profiled(model)))
-    inputs = left_padded(lengths)
-    options = {"merger": "auto", "max_tokens": 20}
-    together = greedy(model, inputs, **cache_argument(profiled(model, **options)))
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("again", [{}, {"scorer": "kvzip"}, {"scorer": "kvzip", "budget": "global"}])
+def test_padded_rows_equal_the_row_alone(known, pieces, again):
+    """Before anything is known of the model each row is probed for itself, be it that others know enough."""
+    lengths, width = [60, 41, 12], 60
+    inputs, options = left_padded(lengths), {"merger": "auto", "max_tokens": 20} | again
+    cuts = [round(width * piece / pieces) for piece in range(pieces + 1)]
+
+    @torch.no_grad()
+    def read(rows, first):
+        """The rows without their first tokens, cut where the whole batch is."""
+        model = llama()
+        if known:
+            model(prompt(80), **cache_argument(profiled(model)))
+        cache = profiled(model, **options)
+        for start, end in itertools.pairwise(cuts):
+            if end > first:
+                mask = inputs["attention_mask"][rows, first:end]
+                output = model(
+                    inputs["input_ids"][rows, max(start, first) : end],
+                    attention_mask=mask,
+                    position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0)[:, max(start, first) - first :],
+                    **cache_argument(cache),
+                )
+        for token in prompt(3, seed=9)[0]:
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            output = model(
+                token.expand(len(mask), 1),
+                attention_mask=mask,
+                position_ids=mask.sum(dim=1, keepdim=True) - 1,
+                **cache_argument(cache),
+            )
+        return output.logits[:, -1], cache
+
+    together, cache = read(slice(None), 0)
     for row, length in enumerate(lengths):
-        ids = inputs["input_ids"][row : row + 1, -length:]
-        if not known:
-            model = llama()
-        alone = greedy(model, ids, **cache_argument(profiled(model, **options)))
-        for mine, theirs in zip(together.logits, alone.logits, strict=True):
-            torch.testing.assert_close(mine[row], theirs[0], rtol=1e-4, atol=1e-4)
+        logits, alone = read(slice(row, row + 1), width - length)
+        torch.testing.assert_close(together[row], logits[0], rtol=1e-4, atol=1e-4)
+        for mine, theirs in zip(cache.layers, alone.layers, strict=True):
+            assert not theirs.num_slots or torch.equal(mine.slots_per_head[row], theirs.slots_per_head[0])
+
+
+def test_beams_keep_their_rows_profile():
+    """What a row was told goes where the row goes."""
+    model, inputs = llama(), left_padded([60, 41])
+    cache = profiled(model, max_tokens=20)
+    greedy(model, inputs, **cache_argument(cache))
+    before = [one.clone() for one in cache._shared.profiled.profile.tables]
+    cache.reorder_cache(torch.tensor([1, 1, 0]))
+    for mine, theirs in zip(cache._shared.profiled.profile.tables, before, strict=True):
+        assert torch.equal(mine, theirs[[1, 1, 0]])
 
 
 @torch.no_grad()
@@ -171,7 +237,8 @@ def test_copies_pickles_and_readings():
     cache = profiled(model, compression_ratio=0.5)
     model(ids, **cache_argument(cache))
     thawed = pickle.loads(pickle.dumps(cache))
-    assert torch.equal(thawed._shared.profiled.profile.everyone, cache._shared.profiled.profile.everyone)
+    known = zip(thawed._shared.profiled.profile.tables, cache._shared.profiled.profile.tables, strict=True)
+    assert all(torch.equal(*pair) for pair in known)
     twin = copy.deepcopy(cache)
     more = prompt(40, seed=3)
     for one in (cache, twin):

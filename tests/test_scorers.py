@@ -58,7 +58,7 @@ def random_states(length, batch=2, heads=3, dim=6, dtype=torch.float32):
         values,
         queries=queries,
         query_positions=torch.arange(length),
-        again=Again(torch.randn(batch, heads, length, dim).to(dtype)),
+        again=Again(torch.rand(batch, heads, 2, 5, length).to(dtype), torch.rand(batch, 5) + 0.5),
         module=Attention(2 * heads, dim),
         rotary=rotary,
         layer_idx=0,
@@ -67,7 +67,10 @@ def random_states(length, batch=2, heads=3, dim=6, dtype=torch.float32):
 
 def score(scorer, states):
     """Observe all tokens in one pass, or that they are read again, then score."""
-    observed = scorer.observe_again(states) if scorer.reads_again else scorer.observe(states, states.num_tokens)
+    if scorer.reads_again:
+        observed = states.statistics if states.again is None else scorer.observe_again(states)
+    else:
+        observed = scorer.observe(states, states.num_tokens)
     return scorer.score(replace(states, statistics=observed))
 
 
@@ -86,7 +89,7 @@ def test_half_precision_is_scored_in_fp32(name, dtype):
     states = random_states(40, dtype=dtype)
     scorer = SCORERS[name](**({"seed": 3} if name == "random" else {}))
     wide = {name: getattr(states, name).float() for name in ("keys", "values", "queries")}
-    wide = replace(states, again=Again(states.again.keys.float()), **wide)
+    wide = replace(states, again=replace(states.again, weights=states.again.weights.float()), **wide)
     narrow = score(scorer, states)
     assert narrow.dtype == torch.float32
     assert torch.equal(narrow, score(scorer, wide))
@@ -97,6 +100,7 @@ def test_rows_do_not_see_each_other(name):
     states = random_states(300)
     scorer = SCORERS[name](**({"seed": 3} if name == "random" else {}))
     first = states.select(torch.tensor([0]), torch.arange(300))
+    first = replace(first, again=Again(states.again.weights[:1], states.again.norms[:1]))
     torch.testing.assert_close(score(scorer, states)[:1], score(scorer, first), rtol=1e-4, atol=1e-5)
 
 
@@ -110,6 +114,8 @@ def test_a_head_apart_scores_as_it_does_among_the_others(name):
     options = {"random": {"seed": 3}, "critical_kv": {"first_stage_ratio": 0.0}}
     scorer = SCORERS[name](**options.get(name, {}))
     whole = score(scorer, states)
+    if scorer.reads_again:  # which is seen of all heads at once
+        states = replace(states, again=None, statistics=scorer.observe_again(states))
     apart = torch.tensor([[5, 6, 7], [5, 6, 7]])  # heads that keep different numbers are handed over one by one
     for row, heads, _, part in states.rectangles(apart):
         assert part.keys.shape[1] == 1
@@ -142,14 +148,15 @@ def test_attention_tiles_do_not_depend_on_their_size(monkeypatch):
 
 
 @pytest.mark.parametrize("plus", [False, True])
-def test_kvzip_equals_loops_whatever_the_size_of_tiles(plus, monkeypatch):
+def test_kvzip_equals_loops_whatever_it_is_shown_at_a_time(plus):
     states = random_states(13)
-    states = replace(states, again=replace(states.again, norms=torch.rand(2, 13) + 0.5) if plus else states.again)
-    scorer = KVzipScorer(plus=plus)
+    scorer, weights, norms = KVzipScorer(plus=plus), states.again.weights, states.again.norms
     expected = reference.kvzip(states, plus)
     torch.testing.assert_close(score(scorer, states), expected, rtol=1e-4, atol=1e-6)
-    monkeypatch.setattr("merging_cache.states.attention.TILE", 1)
-    torch.testing.assert_close(score(scorer, states), expected, rtol=1e-4, atol=1e-6)
+    for one in range(5):
+        again = Again(weights[:, :, :, one : one + 1], norms[:, one : one + 1])
+        states = replace(states, statistics=scorer.observe_again(replace(states, again=again)))
+    torch.testing.assert_close(scorer.score(states), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_random_is_reproducible_and_differs_between_layers():

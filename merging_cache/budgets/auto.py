@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..states import LayerStates, Survivors
+from .adakv import AdaKVBudget
 from .base import Budget
 from .uniform import UniformBudget
 
@@ -14,14 +15,15 @@ class AutoBudget(Budget):
     """The scorer's own where the cache has the model, `uniform` where it has the config only.
 
     A scorer's own (`Scorer.default_budget`) is `pyramid` for `pyramidkv`, `global` for `kvzip`, and for `keydiff`, the
-    default, `adakv`, chosen by what was measured on real weights (`examples/README.md`). Others have `uniform`: the
-    scores of many of them cannot be compared between heads. `cache.report()` says which of them runs.
+    default, `profile`, chosen by what was measured on real weights (`examples/README.md`); where a model cannot read a
+    prompt again, `adakv`. Others have `uniform`. `cache.report()` says which of them runs.
     """
 
-    def resolve(self, linked: bool, own: str) -> Budget:
+    def resolve(self, linked: bool, rereadable: bool, own: str) -> Budget:
         from . import BUDGETS
 
-        return BUDGETS[own]() if linked else UniformBudget()
+        budget = BUDGETS[own]() if linked else UniformBudget()
+        return budget if rereadable or not budget.reads_again else AdaKVBudget()
 
     def allocate(self, scores: Tensor, states: LayerStates, num_slots: int) -> Survivors:
         return UniformBudget().allocate(scores, states, num_slots)

@@ -22,11 +22,12 @@ class Budget(Stage, ABC):
     def needs_attention(self) -> bool:
         return self.ragged or super().needs_attention
 
-    def resolve(self, linked: bool, own: str) -> "Budget":
+    def resolve(self, linked: bool, rereadable: bool, own: str) -> "Budget":
         """The budget that runs: another one where this goes by what the cache was given.
 
         Args:
             linked: whether the cache has the model, and sees its attention.
+            rereadable: whether that can read a prompt again.
             own: the name of the scorer's own budget.
         """
         return self

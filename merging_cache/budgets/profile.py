@@ -11,8 +11,7 @@ from ..states import LayerStates, Statistics, Survivors, drawn_again
 from .base import Budget
 from .uniform import UniformBudget
 
-LEVELS = 65  # quantiles of a head's scores that are remembered
-STEPS = 60  # halvings in search of a threshold
+STEPS = 100  # a profile says what heads keep where all of them keep 0, 1, .. STEPS hundredths
 
 
 @dataclass
@@ -20,12 +19,12 @@ class ProfileBudget(Budget):
     """Every head keeps the fraction of its tokens that the model looks at; the scorer says which.
 
     How many tokens a head needs is a property of the model, which hardly differs from text to text. It is found once
-    for each model: after the first prompt the cache has the model read some of it again, scores all tokens by the
+    for each model: after the first prompt the cache has the model read some of it again, scores these tokens by the
     largest attention that they draw then (as in KVzip, arXiv:2505.23416), and one threshold over all layers and heads
     gives each head its fraction, whatever the ratio. Later caches of the model know it before they read, so their
-    layers fold one by one as they are read, and a row gives what it gives alone. All heads together keep what the ratio
-    says, or a slot less in each layer; less where a prompt comes in pieces of fewer than `probe_tokens`, each of which
-    speaks for itself until there is a longer one.
+    layers fold one by one as they are read, and a row gives what it gives alone. A prompt of fewer than `probe_tokens`
+    speaks for itself, and what comes after it is added until there are as many. All heads together keep what the ratio
+    says, or a slot less in each layer; less, too, where a short first piece of a prompt said something else.
 
     Args:
         probe_tokens: how many tokens, from the middle of the prompt, are read again.
@@ -65,40 +64,38 @@ def rounded(numbers: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Profile:
-    """How much of its tokens each head needs, by the quantiles of their scores.
+    """How much of its tokens each head keeps, by how much all keep on average.
 
     Args:
-        tables: of each layer `[B, H, LEVELS]`, ascending, of the logarithms of its heads' scores in each row; one row
-            where it stands for all.
-        everyone: `[B, N, LEVELS]`, those of all layers and heads that share slots, these among them.
+        tables: by layer `[B, H, STEPS + 1]`, the fraction of its tokens that each head keeps where all layers and heads
+            keep 0, 1, .. `STEPS` hundredths of theirs; of each row of the batch, or one row that stands for all.
     """
 
     tables: Sequence[Tensor]
-    everyone: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """Of how many rows it is; 1 may stand for all."""
+        return len(self.tables[0])
 
     @property
     def mean(self) -> "Profile":
         """That of all rows together."""
-        return Profile([one.mean(dim=0, keepdim=True) for one in self.tables], self.everyone.mean(dim=0, keepdim=True))
+        return Profile([one.mean(dim=0, keepdim=True) for one in self.tables])
+
+    def mixed(self, other: "Profile", weight: Tensor) -> "Profile":
+        """With that much of another one in each row, `[B]` from 0 to 1."""
+        weight = weight.view(-1, 1, 1)
+        return Profile([torch.lerp(*both, weight) for both in zip(self.tables, other.tables, strict=True)])
 
     def select_rows(self, rows: Tensor) -> "Profile":
         """Of these rows."""
-        if len(self.everyone) == 1:
-            return self
-        return Profile([one[rows.cpu()] for one in self.tables], self.everyone[rows.cpu()])
+        return self if self.num_rows == 1 else Profile([one[rows.cpu()] for one in self.tables])
 
     def shares(self, layer: int, keep: float) -> Tensor:
         """`[B, H]`, the fraction of its tokens that each head of a layer keeps if all heads keep `keep` on average."""
-        least, most = self.everyone.amin(dim=(1, 2)) - 1, self.everyone.amax(dim=(1, 2)) + 1
-        for _ in range(STEPS):
-            threshold = (least + most) / 2
-            is_low = above(self.everyone, threshold).mean(dim=1) > keep
-            least, most = torch.where(is_low, threshold, least), torch.where(is_low, most, threshold)
-        # where many scores are equal no threshold is right: between the two next ones
-        more, less = (above(self.everyone, one).mean(dim=1, keepdim=True) for one in (least, most))
-        part = torch.where(more > less, (keep - less) / (more - less).clamp_min(1e-300), torch.zeros_like(more))
-        mine = self.tables[layer]
-        return above(mine, most) + part * (above(mine, least) - above(mine, most))
+        step = min(STEPS - 1, int(keep * STEPS))
+        return torch.lerp(*self.tables[layer][..., step : step + 2].unbind(-1), keep * STEPS - step)
 
 
 @dataclass(frozen=True)
@@ -122,22 +119,19 @@ class HeadShares:
         return self.profile.shares(self.layer, keep)
 
 
-def table_of(scores: Sequence[Tensor]) -> Tensor:
-    """`[B, H, LEVELS]`, quantiles of the logarithms of scores `[H, n]` of each row."""
-    levels = torch.linspace(0, 1, LEVELS, dtype=torch.double)
-    tables = [
-        torch.quantile(one.cpu().double().clamp_min(1e-30).log(), levels, dim=1).mT if one.shape[1] else None
-        for one in scores
-    ]
-    known = torch.stack([one for one in tables if one is not None]).mean(dim=0)
-    return torch.stack([known if one is None else one for one in tables])  # rows that are all padding keep nothing
+def table_of(scores: Tensor) -> Tensor:
+    """`[N, STEPS + 1]`, the fraction of its tokens that each head keeps by one threshold over scores `[N, n]`.
 
-
-def above(tables: Tensor, threshold: Tensor) -> Tensor:
-    """`[B, N]`, the share of scores above the threshold `[B]` of the row, straight between quantiles."""
-    asked = threshold.view(-1, 1, 1).expand(*tables.shape[:2], 1).contiguous()
-    place = torch.searchsorted(tables.contiguous(), asked)
-    left, right = (place - 1).clamp_min(0), place.clamp_max(LEVELS - 1)
-    low, high = tables.gather(2, left), tables.gather(2, right)
-    within = torch.where(high > low, (asked - low) / (high - low).clamp_min(1e-300), torch.ones_like(low))
-    return (1 - (left + within.clamp(0, 1) * (right - left)) / (LEVELS - 1)).squeeze(2)
+    Where many scores are equal no threshold is right: then of these each head keeps the same part.
+    """
+    keep = torch.linspace(0, 1, STEPS + 1, dtype=torch.double)
+    if not scores.shape[1]:
+        return keep.expand(len(scores), -1)
+    scores = scores.cpu().double().sort(dim=1).values
+    ranked = scores.flatten().sort(descending=True).values
+    threshold = ranked[(keep * len(ranked)).long().clamp_max(len(ranked) - 1)].expand(len(scores), -1).contiguous()
+    above, reached = (
+        1 - torch.searchsorted(scores, threshold, right=right) / scores.shape[1] for right in (True, False)
+    )
+    more, less = (reached - above).mean(dim=0), keep - above.mean(dim=0)
+    return above + (less / more) * (reached - above)

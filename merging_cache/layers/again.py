@@ -5,7 +5,7 @@ Knows how transformers' models are called, and of layers what they store.
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,24 +28,25 @@ class AgainLayer(DynamicLayer):
 
     Args:
         layer: the other, which is told what the pass attends to.
-        positions: `[B, q]`, those of the tokens that are read again, negative where there is none.
+        there: `[B, q]` bool, where a row has a token that is read again; `None` where all do.
     """
 
-    def __init__(self, layer: FoldingLayer, positions: Tensor) -> None:
+    def __init__(self, layer: FoldingLayer, there: Tensor | None) -> None:
         super().__init__()
-        self._layer, self._positions = layer, positions
+        self._layer, self._there = layer, there
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """All that the other stores, and the keys and values `[B, H, q, D]` of the pass."""
         stored = self._layer.storage.read()
         both = tuple(torch.cat([old, new], dim=2) for old, new in zip(stored, (key_states, value_states), strict=True))
         self._given = both
-        Pass(self, self._layer.layer_idx, both[0].shape[2], *self._layer.fitted_slots()).announce(both[0])
+        slots = self._layer.fitted_slots()
+        Pass(self, self._layer.layer_idx, both[0].shape[2], *slots, shows_weights=True).announce(both[0])
         return both
 
-    def attended(self, query: Tensor, key: Tensor, hidden_states: Tensor | None, **rest: Any) -> None:
-        """Tell the other layer."""
-        self._layer.observe_again(query, key, *self._given, self._positions, hidden_states)
+    def watch(self, key: Tensor, hidden_states: Tensor | None) -> Callable[[Tensor, slice], None]:
+        """What the attention of the pass is to be shown to, see `FoldingLayer.watch_again`."""
+        return self._layer.watch_again(key, *self._given, self._there, hidden_states)
 
     def get_seq_length(self) -> int:
         return self._layer.seen
@@ -60,21 +61,24 @@ if HybridLayer is not None:
     class AgainHybridLayer(AgainLayer, HybridLayer):
         """The same beside a linear-attention state, of which it has a copy."""
 
-        def __init__(self, layer: FoldingLayer, positions: Tensor) -> None:
+        def __init__(self, layer: FoldingLayer, there: Tensor | None) -> None:
             LinearAttentionLayer.__init__(self, number_of_states=layer.number_of_states)
-            AgainLayer.__init__(self, layer, positions)
+            AgainLayer.__init__(self, layer, there)
             vars(self).update(copy.deepcopy(linear_attention_state(layer)))
 
 
-def again(layer: CacheLayerMixin, positions: Tensor) -> CacheLayerMixin:
+def again(layer: CacheLayerMixin, there: Tensor | None) -> CacheLayerMixin:
     """What stands for a layer of the cache in a pass that reads again: it sees the same, and changes nothing there."""
     if not isinstance(layer, FoldingLayer):
         return copy.deepcopy(layer)
-    return (AgainHybridLayer if linear_attention_state(layer) else AgainLayer)(layer, positions)
+    return (AgainHybridLayer if linear_attention_state(layer) else AgainLayer)(layer, there)
 
 
 class SecondReading:
     """What was read since the last fold, to be read again before the next.
+
+    A row of a batch that is too short to be folded with the others is read again when it is folded, as if it were
+    alone.
 
     Args:
         chunk_size: tokens that are read at a time.
@@ -83,17 +87,18 @@ class SecondReading:
 
     def __init__(self, chunk_size: int, part: int | None = None) -> None:
         self.chunk_size, self.part = chunk_size, part
+        self.forget()
+
+    def forget(self) -> None:
+        """The cache is empty."""
         self._passes: list[tuple[str, Tensor]] = []  # the name of the model's argument, and what came
+        self._read: Tensor | None = None  # [B], how many tokens of each row are done with
 
     def note(self, given: Mapping[str, Any]) -> int:
         """Take down a pass by the arguments of the model; returns how many tokens it had."""
         name = "inputs_embeds" if given.get("inputs_embeds") is not None else "input_ids"
         self._passes.append((name, given[name].detach()))
         return given[name].shape[1]
-
-    def clear(self) -> None:
-        """Forget what came."""
-        self._passes.clear()
 
     def truncate(self, count: int) -> None:
         """Forget the last `count` tokens."""
@@ -106,58 +111,81 @@ class SecondReading:
     def select_rows(self, indices: Tensor) -> None:
         """Make row `indices[i]` of the batch row i."""
         self._passes = [(name, given[indices.to(given.device)]) for name, given in self._passes]
+        self._read = None if self._read is None else self._read[indices.to(self._read.device)]
 
     @torch.no_grad()
-    def run(self, layers: list[CacheLayerMixin], padding: Padding, decoder: torch.nn.Module) -> None:
+    def run(
+        self,
+        layers: list[CacheLayerMixin],
+        padding: Padding,
+        decoder: torch.nn.Module,
+        is_due: Callable[[int], bool],
+    ) -> Callable[[], None]:
         """Read again what came, chunk by chunk; the layers that fold are told what is attended to.
 
         Args:
             layers: of the cache, which stay as they are.
             padding: of its batch.
             decoder: the part of the model that has layers.
+            is_due: whether a row of so many tokens is to be folded.
+
+        Returns:
+            what is to be called once all is folded.
         """
         folding = [layer for layer in layers if isinstance(layer, FoldingLayer)]
-        if not self._passes or not folding:
-            return
         embeds = {"inputs_embeds"} & {name for name, _ in self._passes}
         given = torch.cat([embed(decoder, name, part) if embeds else part for name, part in self._passes], dim=1)
         (batch, new), seen, device = given.shape[:2], folding[0].seen, given.device
         padded = padding.of_tokens(torch.arange(seen, device=device).expand(batch, -1))
         real = torch.ones(batch, seen, dtype=torch.bool, device=device) if padded is None else ~padded
+        counts = real.sum(dim=1)
+        read = torch.zeros_like(counts) if self._read is None else self._read
+        due = torch.tensor([is_due(count) for count in counts.tolist()], device=device)
+        asked = real & (real.cumsum(dim=1) > read.unsqueeze(1)) & due.unsqueeze(1)
+        for layer in folding:
+            layer.is_to_look_again(asked)
         most = most_positions(decoder.config)
-        total = new if self.part is None else min(new, self.part)
+        total = int(asked.sum(dim=1).max()) if self.part is None else min(int(asked.sum(dim=1).max()), self.part)
         takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
         with tqdm(total=total, desc="reading again", unit=" tokens", disable=total < SHOWN_FROM) as bar:
-            for index, there in chunks(real[:, seen - new :], self.chunk_size, self.part):
-                first = real.sum(dim=1, keepdim=True)
+            for index, there in chunks(asked[:, seen - new :], self.chunk_size, self.part):
+                first = counts.unsqueeze(1)
                 if most is not None:
                     first = first.clamp_max(most - index.shape[1])
-                positions = first + torch.arange(index.shape[1], device=device)
                 inputs = {"inputs_embeds" if embeds else "input_ids": take(given, index)}
                 if padded is not None:
                     inputs["attention_mask"] = torch.cat([real, there], dim=1).long()
                 if takes_positions:
-                    inputs["position_ids"] = positions
-                known = positions.masked_fill(~there, -1)
-                cache = Cache(layers=[again(layer, known) for layer in layers])
+                    inputs["position_ids"] = first + torch.arange(index.shape[1], device=device)
+                there = None if there.all() else there
+                cache = Cache(layers=[again(layer, there) for layer in layers])
                 decoder(**inputs, **cache_argument(cache), use_cache=True)
                 bar.update(index.shape[1])
-        self.clear()
+
+        def finish() -> None:
+            self._read = torch.where(due, counts, read)
+            unread = real & (real.cumsum(dim=1) > self._read.unsqueeze(1))
+            left = seen - int(unread.any(dim=0).int().argmax()) if unread.any() else 0
+            while sum(given.shape[1] for _, given in self._passes[1:]) >= left and self._passes:
+                self._passes.pop(0)
+
+        return finish
 
 
-def chunks(real: Tensor, size: int, part: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The real tokens of each row, or `part` from their middle, `size` at a time: indices `[B, q]`, and where one is.
+def chunks(asked: Tensor, size: int, part: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens of each row that are asked for, `[B, n]` bool, or `part` from their middle, `size` at a time.
 
-    Each row begins with its own first token, so that it is cut as it would be alone.
+    Yields indices `[B, q]`, and where one is. Each row begins with its own first token, so that it is cut as it would
+    be alone.
     """
-    order = (~real).to(torch.uint8).sort(dim=1, stable=True).indices
-    counts = real.sum(dim=1, keepdim=True)
+    order = (~asked).to(torch.uint8).sort(dim=1, stable=True).indices
+    counts = asked.sum(dim=1, keepdim=True)
     if part is not None:
-        index = (middle_start(counts, part) + torch.arange(part, device=real.device)).clamp_max(order.shape[1] - 1)
+        index = (middle_start(counts, part) + torch.arange(part, device=asked.device)).clamp_max(order.shape[1] - 1)
         order, counts = order.gather(1, index), counts.clamp_max(part)
     for start in range(0, int(counts.max()), size):
         index = order[:, start : min(start + size, int(counts.max()))]
-        yield index, torch.arange(start, start + index.shape[1], device=real.device) < counts
+        yield index, torch.arange(start, start + index.shape[1], device=asked.device) < counts
 
 
 def take(given: Tensor, index: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Knows nothing of how tokens are scored, chosen and merged (`fold.py`), nor of when it is time (`merging.py`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from ..budgets import Budget
 from ..budgets.profile import HeadShares
 from ..fold import check_finite
 from ..mergers import Merger
-from ..states import Again, LayerStates, Slots, Tally
+from ..states import Again, LayerStates, Slots, Statistics, Tally
 from ..storage import store
 from .guards import Guards
 from .joint import JointFold, Scored
@@ -36,7 +36,6 @@ class FoldingLayer(StoredLayer):
     Attributes:
         fold_is_due: whether it waits for its fold.
         scored: what it has handed up, while it waits for the other layers.
-        was_read_again: whether its scorer, where that reads again, was told what the second reading attends to.
     """
 
     def __init__(self, shared: Shared, layer_idx: int, layer_rank: tuple[int, int] | None = None) -> None:
@@ -63,7 +62,7 @@ class FoldingLayer(StoredLayer):
         super()._clear()
         self.fold_is_due = False
         self.scored: Scored | None = None
-        self.was_read_again = False
+        self._asked_again: Tensor | None = None  # [B, seen] bool, the tokens that are read again before its fold
         self._last_pass: tuple[int, Observed] | None = None  # its length and what was observed before, to undo it
         self._observed = Observed()
 
@@ -86,35 +85,43 @@ class FoldingLayer(StoredLayer):
         """Refuse to read anything again behind states that cannot be folded."""
         check_finite(self._states(*self.storage.read()))
 
-    def observe_again(
-        self,
-        query: Tensor,
-        key: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        hidden_states: Tensor | None,
-    ) -> None:
-        """Have the scorer look at tokens that are read again.
+    def is_to_look_again(self, asked: Tensor) -> None:
+        """Before tokens are read again, `[B, seen]` bool: which ones."""
+        self._asked_again = asked.to(self.device)
+
+    def watch_again(
+        self, key: Tensor, keys: Tensor, values: Tensor, there: Tensor | None, hidden_states: Tensor | None
+    ) -> Callable[[Tensor, slice], None]:
+        """Have the stages that want it look at tokens that are read again.
 
         Args:
-            query: `[B, Hq, q, D]`.
-            key: what the attention was given.
+            key: what the attention is given.
             keys, values: `[B, H, L + q, D]`, the stored ones and those of these tokens.
-            positions: `[B, q]`, negative where a row has no such token.
+            there: `[B, q]` bool, where a row has such a token; `None` where all do.
             hidden_states: `[B, q, hidden]`, the attention's input, where someone asked for it.
+
+        Returns:
+            what is to be called with attention weights `[B, Hq, m, L + q]` and which m of the q tokens they are of.
         """
         self.guards.check_hidden_states(hidden_states)
-        with self._in_full_precision():
-            queries = by_stored_head(query.detach(), key, keys)
-            self.guards.check_comparable(queries, key, keys)
-            stored = slice(self.num_stored)
-            states = self._states(keys[:, :, stored], values[:, :, stored])
-            norms = None if hidden_states is None else torch.linalg.vector_norm(hidden_states.float(), dim=-1)
-            again = Again(keys[:, :, self.num_stored :], norms)
-            states = replace(states, queries=queries, query_positions=positions, again=again)
-            self._observed.remembered = self._observed.remembered | self._shared.fold.observe_again(states)
-        self.was_read_again = True
+        fold, stored = self._shared.fold, slice(self.num_stored)
+        states = self._states(keys[:, :, stored], values[:, :, stored])
+        norms = None if hidden_states is None else torch.linalg.vector_norm(hidden_states.float(), dim=-1)
+
+        def watch(weights: Tensor, part: slice) -> None:
+            nonlocal states
+            by_head = by_stored_head(weights.detach(), key, keys)
+            self.guards.check_comparable(by_head, key, keys)
+            by_head = by_head[..., stored].unflatten(1, (keys.shape[1], -1))
+            if there is not None:
+                by_head = by_head * there[:, None, None, part, None]
+            again = Again(by_head, None if norms is None else norms[:, part])
+            with self._in_full_precision():
+                seen = fold.observe_again(replace(states, again=again))
+            self._observed.remembered = {**states.remembered, **seen}
+            states = replace(states, remembered=self._observed.remembered)
+
+        return watch
 
     # Folding ----------------------------------------------------------------------------------------------------------
 
@@ -165,7 +172,7 @@ class FoldingLayer(StoredLayer):
         keys, values = stored or self.storage.read()
         self.guards.check_mergeable(self.shape)
         self.guards.check_owner(self._observed.owner)
-        self.guards.check_read_again(self.was_read_again)
+        self.guards.check_read_again(self._asked_again is not None)
         self._shared.padding.warn_if_unknown(keys)
         with self._in_full_precision():
             yield self._states(keys, values)
@@ -210,10 +217,12 @@ class FoldingLayer(StoredLayer):
 
     def probed(self) -> list[Tensor]:
         """By row `[H, n]`, what its tokens that were read again drew of their own attention then; it is not kept."""
-        new = slice(self.num_stored - self._tail, None)  # what is older was read again before
-        scores = self._observed.remembered.pop("budget").tokens[:, :, new]
-        real = self._shared.padding.row_positions(self.positions)[:, 0, new] >= 0
-        rows = [of_row[:, there] for of_row, there in zip(scores, real, strict=True)]
+        nothing = Statistics(torch.zeros(self.positions.shape, device=self.device))
+        scores = self._observed.remembered.pop("budget", nothing).tokens
+        # of rows that are read again no head has lost a token that was not
+        positions = self.positions[:, 0]
+        asked = self._asked_again.gather(1, positions.clamp_min(0)) & (positions >= 0)
+        rows = [of_row[:, there] for of_row, there in zip(scores, asked, strict=True)]
         return [row[:, middle(row.shape[1], self._shared.again.part)] for row in rows]
 
     @property
@@ -227,7 +236,7 @@ class FoldingLayer(StoredLayer):
         self.storage = store(slots, self._shared.new_storage)
         self._observed.settle(self._shared.fold, slots)
         self.tally = Tally.after(self.tally, slots)
-        self.fold_is_due, self.scored, self.was_read_again, self._last_pass = False, None, False, None
+        self.fold_is_due, self.scored, self._asked_again, self._last_pass = False, None, None, None
 
     def release(self) -> None:
         """Forget the attention module, so that this cache does not keep the model alive."""

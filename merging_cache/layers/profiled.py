@@ -14,11 +14,13 @@ class Probed(Protocol):
     """What a layer has to be able to tell."""
 
     def probed(self) -> list[Tensor]:
-        """By row `[H, L]`, what its tokens drew of the attention of those that were read again."""
+        """By row `[H, n]`, what its tokens that were read again drew of their own attention then."""
 
 
 class Profiled:
-    """A cache's side of it.
+    """A cache's side of it: the profile that it goes by from its first fold until it is emptied.
+
+    Each row of a batch has its own, as if it were alone, unless the model is known when the cache folds first.
 
     Args:
         budget: by which heads get their fractions.
@@ -28,35 +30,74 @@ class Profiled:
 
     def __init__(self, budget: ProfileBudget, memory: MutableMapping[str, Any], group: Any = None) -> None:
         self.budget, self.group = budget, group
-        self._memory, self._own = memory, None
+        self._memory = memory
+        self.forget()
+
+    def forget(self) -> None:
+        """The cache is empty, or holds another batch; what is remembered of the model stays."""
+        self._own: Profile | None = None
+        self._read: Tensor | None = None  # [B or 1], tokens that were read again so far, while those of a row are few
 
     @property
     def profile(self) -> Profile | None:
-        """`None` until it is known."""
-        return self._own or self._memory.get(repr(self.budget))
+        """`None` until something is known."""
+        if self._own is None:
+            self._own = self._memory.get(repr(self.budget))
+        return self._own
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all is known, and nothing has to be read again."""
+        return self.profile is not None and self._read is None
 
     def learn(self, layers: Sequence[Probed]) -> None:
-        """Find it, once all layers have been told of the tokens that were read again."""
+        """Once all layers have been told of the tokens that were read again."""
         probed = [layer.probed() for layer in layers]
-        tables = [table_of(rows) for rows in probed]
-        everyone = torch.cat(tables, dim=1)
+        if self.is_settled:
+            return
+        new = torch.tensor([row.shape[1] for row in probed[0]], dtype=torch.double)
+        rows = [self._tables([of_layer[row] for of_layer in probed]) for row in range(len(new))]
+        found = Profile([torch.stack(tables) for tables in zip(*rows, strict=True)])
+        if self._own is None:
+            self._own, self._read = found, new
+        else:
+            few = (self._read < self.budget.probe_tokens) & (new > 0)
+            self._own = self._own.mixed(found, (few * new / (self._read + new)).nan_to_num(nan=0.0))
+            self._read = self._read + few * new
+        if (self._read >= self.budget.probe_tokens).all():
+            self._read = None
+            self._memory.setdefault(repr(self.budget), self._own.mean)
+
+    def _tables(self, of_layers: list[Tensor]) -> list[Tensor]:
+        """By layer `[H, STEPS + 1]`, of the scores `[H, n]` of a row."""
+        heads, scores, mine = [len(one) for one in of_layers], torch.cat([one.cpu() for one in of_layers]), slice(None)
         if self.group is not None:
             of_processes: list[Any] = [None] * dist.get_world_size(self.group)
-            dist.all_gather_object(of_processes, everyone, self.group)
-            everyone = torch.cat(of_processes, dim=1)
-        self._own = Profile(tables, everyone)
-        if min(row.shape[1] for row in probed[0]) >= self.budget.probe_tokens:  # a short prompt speaks for itself only
-            self._memory[repr(self.budget)] = self._own.mean
+            dist.all_gather_object(of_processes, scores, self.group)
+            first = sum(len(one) for one in of_processes[: dist.get_rank(self.group)])
+            scores, mine = torch.cat(of_processes), slice(first, first + len(scores))
+        return list(table_of(scores)[mine].split(heads))
 
-    def forget_rows(self) -> None:
-        """After the fold it was found for each row goes; what is remembered of the model stays."""
-        self._own = None
+    def select_rows(self, indices: Tensor) -> None:
+        """Make row `indices[i]` of the batch row i."""
+        if self._own is not None:
+            self._own = self._own.select_rows(indices)
+        if self._read is not None and len(self._read) > 1:
+            self._read = self._read[indices.cpu()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Profiled":
-        return Profiled(self.budget, self._memory, self.group)  # of the same model
+        twin = Profiled(self.budget, self._memory, self.group)  # of the same model
+        twin._own, twin._read = self._own, self._read
+        return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Profiled, (self.budget, dict(self._memory))  # models and processes do not travel
+        return _thawed, (self.budget, dict(self._memory), self._own, self._read)  # models and processes do not travel
+
+
+def _thawed(budget: ProfileBudget, memory: dict[str, Any], own: Profile | None, read: Tensor | None) -> Profiled:
+    profiled = Profiled(budget, memory)
+    profiled._own, profiled._read = own, read
+    return profiled
 
 
 def middle_start(count: Any, part: int) -> Any:

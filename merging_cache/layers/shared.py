@@ -48,7 +48,11 @@ class Shared:
         """Whether folds have to wait until the prompt, or a part of it, was read again."""
         if self.again is None:
             return False
-        return self.fold.scorer.reads_again or self.profiled is None or self.profiled.profile is None
+        return self.fold.scorer.reads_again or self.profiled is None or not self.profiled.is_settled
+
+    def row_is_due(self, seen: int) -> bool:
+        """Whether a row of so many tokens is to be folded."""
+        return self.fold.budget.may_fold(seen, self.config.num_slots(seen))
 
     def twin(self) -> "Shared":
         """For a copy of the cache: another batch, linked and released by itself."""

@@ -7,6 +7,7 @@ from .loading import SHIPPED_MODELS, LoadedModel, load_model, model_folder
 from .parallel import tensor_parallel_group
 from .rotary import Rotary, rotary_of
 from .support import (
+    can_reread,
     check_rereadable,
     check_supported,
     config_of,
@@ -25,6 +26,7 @@ __all__ = [
     "Rotary",
     "cache_argument",
     "can_link",
+    "can_reread",
     "check_rereadable",
     "check_supported",
     "config_of",

@@ -9,7 +9,7 @@ any other cache it is a pass-through. Knows transformers, and of layers only tha
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PREFIX = "merging_"
+TILE = 1 << 22  # attention weights that are held at a time where they are shown
 
 # .waiting: the pass this thread's last update announced; .hidden_states: the last module's input; .probe: see `probing`
 _thread = threading.local()
@@ -41,6 +42,9 @@ class Pass:
             says of its first columns; 0 where the mask is right as it comes.
         bias: `[B, H, num_slots]`, what is added to the attention logits of the slots (a very negative number where a
             head has none), or `None` for nothing.
+        shows_weights: whether the layer is to be shown the attention's weights. Then its `watch` is called before, with
+            the keys of the attention and its input, and what that returns for some of the queries at a time, with their
+            weights `[B, Hq, m, L]` and the slice that says which queries these are.
     """
 
     layer: Any
@@ -48,6 +52,7 @@ class Pass:
     length: int
     num_slots: int = 0
     bias: Tensor | None = None
+    shows_weights: bool = False
 
     def announce(self, keys: Tensor) -> None:
         """Mark `keys`, so that the attention that is handed them finds this."""
@@ -65,11 +70,13 @@ class Pass:
             layer.attended(**attended)
 
     def mask(self, attention_mask: Any, query: Tensor, length: int) -> Tensor | None:
-        """The mask for this layer, `[B, 1 or Hq, q, length]`, added to logits; or the one given where it fits already.
+        """The mask for this layer, `[B or 1, 1 or Hq, q, length]`, added to logits; or the one given, where that fits.
 
         transformers makes one mask for all layers, by the number of keys of the first. What it says of the newest
         keys is taken from there; slots are older than any query, so each query sees every slot there is.
         """
+        if self.shows_weights and not self.num_slots:
+            return _recent_mask(attention_mask, query, length)
         if not self.num_slots or (self.bias is None and attention_mask is None):
             return attention_mask
         batch, query_heads, num_queries = query.shape[:3]
@@ -163,6 +170,9 @@ def register(implementation: str) -> str:
         if announced is None:
             return _run(implementation, module, query, key, value, attention_mask, *args, **kwargs)
         mask = announced.mask(attention_mask, query, key.shape[2])
+        if announced.shows_weights:
+            shown = announced.layer.watch(key=key, hidden_states=hidden_states)
+            return _show_weights(shown, module, query, key, value, mask, *args, **kwargs)
         run_as = implementation if mask is attention_mask else _for_mask(implementation, kwargs)
         output = _run(run_as, module, query, key, value, mask, *args, **kwargs)
         announced.tell(
@@ -194,17 +204,58 @@ def find_pass(module: torch.nn.Module, key: Tensor) -> Pass | None:
 
 def _run(implementation: str, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """Call the attention that the module would call under this implementation."""
-    eager = from_model_file(module, "eager_attention_forward")
     interface = from_model_file(module, "ALL_ATTENTION_FUNCTIONS") or ALL_ATTENTION_FUNCTIONS
     if implementation == "eager":
-        if eager is None:
-            raise ValueError(f"the file of {type(module).__name__} has no eager attention of its own; use sdpa")
-        return eager(module, *args, **kwargs)
+        return eager_attention(module)(module, *args, **kwargs)
     if "flash" in implementation:
         # it loads its kernels by the name in the config
         config = _Overlay(module.config, _attn_implementation=implementation)
         module = _Overlay(module, config=config)
     return interface[implementation](module, *args, **kwargs)
+
+
+def eager_attention(module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The eager attention of the file that the module is written in, which gives its weights, too."""
+    eager = from_model_file(module, "eager_attention_forward")
+    if eager is None:
+        raise ValueError(
+            f"the file of {type(module).__name__} has no eager_attention_forward, so its attention weights cannot be "
+            "seen; use sdpa, and a scorer and a budget that read nothing again, such as 'keydiff' and 'adakv'"
+        )
+    return eager
+
+
+def _show_weights(
+    shown: Callable[[Tensor, slice], None],
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The module's eager attention, some queries at a time, whose weights are `shown` and not kept."""
+    eager = eager_attention(module)
+    groups, num_queries = query.shape[1] // key.shape[1], query.shape[2]
+    if groups > 1:  # once for all of them
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        module = _Overlay(module, num_key_value_groups=1)
+    step = max(1, TILE // (query.shape[0] * query.shape[1] * key.shape[2]))
+    outputs = []
+    for first in range(0, num_queries, step):
+        part = slice(first, min(first + step, num_queries))
+        mine = {name: _of_queries(one, part, num_queries) for name, one in kwargs.items()}
+        output, weights = eager(module, query[:, :, part], key, value, mask[:, :, part], *args, **mine)
+        shown(weights, part)
+        outputs.append(output)
+    return torch.cat(outputs, dim=1), None
+
+
+def _of_queries(argument: Any, part: slice, num_queries: int) -> Any:
+    """Of what a module adds to its logits the rows of these queries; anything else as it is."""
+    is_bias = isinstance(argument, Tensor) and argument.dim() == 4 and argument.shape[2] == num_queries
+    return argument[:, :, part] if is_bias else argument
 
 
 def _for_mask(implementation: str, kwargs: dict[str, Any]) -> str:

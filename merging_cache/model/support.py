@@ -35,18 +35,27 @@ def takes_masks(config: PreTrainedConfig) -> bool:
     return config.model_type not in REPEATS_HEADS and not reads_stored_keys(config)
 
 
-def check_rereadable(config: PreTrainedConfig, decoder: PreTrainedConfig, stages: Iterable[str]) -> None:
+def can_reread(config: PreTrainedConfig) -> bool:
+    """Whether the model can read a prompt once more behind itself.
+
+    Not one that it reads in an encoder, nor tokens that lie in a plane, as those of images do.
+    """
+    decoder = config.get_text_config(decoder=True)
+    ropes = [rope for name in ("rope_parameters", "rope_scaling") for rope in settings(decoder, name)]
+    return not config.is_encoder_decoder and not any("mrope_section" in (rope or ()) for rope in ropes)
+
+
+def check_rereadable(config: PreTrainedConfig, stages: Iterable[str]) -> None:
     """Refuse stages for which a prompt is read once more behind itself, where it cannot be.
 
     Args:
-        config, decoder: the model's, and that of its text model.
+        config: the model's.
         stages: their names.
 
     Raises:
-        ValueError: for a prompt that is read in an encoder, and for tokens that lie in a plane, as those of images do.
+        ValueError: if it cannot be.
     """
-    ropes = [rope for name in ("rope_parameters", "rope_scaling") for rope in settings(decoder, name)]
-    if config.is_encoder_decoder or any("mrope_section" in (rope or ()) for rope in ropes):
+    if not can_reread(config):
         raise ValueError(
             f"{config.model_type} cannot read a prompt again behind itself: it reads it in an encoder, or puts tokens "
             f"in a plane. Choose other stages than {' and '.join(stages)}, such as scorer='keydiff' and budget='adakv'"

@@ -16,7 +16,7 @@ class KeyDiffScorer(Scorer):
     Keeps keys that are far apart, so that every evicted token finds a close survivor among them.
     """
 
-    default_budget = "adakv"
+    default_budget = "profile"
 
     def score(self, states: LayerStates) -> Tensor:
         # by products with vectors, head by head, so that nothing as large as the keys is made

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..stage import option
-from ..states import LayerStates, Statistics, again_tiles, drawn_again
+from ..states import LayerStates, Statistics, drawn_again
 from .base import Scorer, remembered
 from .critical_kv import projected_norms
 
@@ -17,8 +17,8 @@ class KVzipScorer(Scorer):
 
     After the prompt, and before anything is generated, the cache has the model read its tokens once more behind it, in
     chunks that see all of the context and themselves. No instruction stands in front of them. The score is the maximum
-    over the tokens read again and the query heads of the group, of the softmax over the context and the chunk. On a
-    CPU that takes three to five times as long as the prompt itself. In later turns only what came since is read again;
+    over the tokens read again and the query heads of the group, of the softmax over the context and the chunk. That
+    takes two to three times as long as the prompt itself. In later turns only what came since is read again;
     earlier tokens keep the larger of both scores.
 
     Args:
@@ -47,10 +47,10 @@ class KVzipScorer(Scorer):
     def observe_again(self, states: LayerStates) -> Statistics:
         if not self.plus:
             return Statistics(tokens=drawn_again(states))
-        best, added = remembered(states), projected_norms(states, 2)
-        for logs in again_tiles(states):
-            best = torch.maximum(best, (logs.amax(dim=3).exp() * added).amax(dim=2))
-        return Statistics(tokens=best)
+        weights = states.again.weights.float() / states.again.norms[:, None, None, :, None]
+        drawn = weights.amax(dim=3).movedim(2, 3)  # [B, H, L, G], since what is kept is kept for each token
+        return Statistics(tokens=torch.maximum(drawn, remembered(states, drawn.shape[3])))
 
     def score(self, states: LayerStates) -> Tensor:
-        return states.statistics.tokens
+        drawn = states.statistics.tokens
+        return (drawn.movedim(3, 2) * projected_norms(states, 2)).amax(dim=2) if self.plus else drawn

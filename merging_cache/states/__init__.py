@@ -3,7 +3,7 @@
 Plain tensors and nothing else: scorers, budgets and mergers know these records and torch, never transformers.
 """
 
-from .attention import again_tiles, drawn_again, group_logits
+from .attention import drawn_again, group_logits
 from .layer import TILE, Again, LayerStates, ReferenceQueries, Statistics, readers_of
 from .slots import ABSENT, DROPPED, Slots, Survivors, count_evicted, gather_tokens, holders_of, top_tokens
 from .tally import Tally
@@ -19,7 +19,6 @@ __all__ = [
     "Statistics",
     "Survivors",
     "Tally",
-    "again_tiles",
     "count_evicted",
     "drawn_again",
     "gather_tokens",

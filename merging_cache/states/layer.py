@@ -72,23 +72,16 @@ class ReferenceQueries:
 
 @dataclass(frozen=True)
 class Again:
-    """Tokens that are read again behind what is stored, apart from their queries.
+    """Some tokens that are read again behind what is stored.
 
     Args:
-        keys: `[B, H, n, D]`.
-        norms: `[B, n]`, the length of the attention's input for each, where a stage asked for that.
+        weights: `[B, H, G, m, L]`, what each of m tokens gives of its attention to each stored token, for the G query
+            heads that read a KV head, as the model's own attention computes it; 0 where there is no such token.
+        norms: `[B, m]`, the length of the attention's input for each of the m, where a stage asked for that.
     """
 
-    keys: Tensor
+    weights: Tensor
     norms: Tensor | None = None
-
-    def select(self, rows: Tensor | slice, asked: Tensor | slice = slice(None)) -> "Again":
-        """Of these rows, and of these tokens."""
-        return Again(self.keys[rows][:, :, asked], None if self.norms is None else self.norms[rows][:, asked])
-
-    def of_heads(self, heads: slice) -> "Again":
-        """Of these KV heads."""
-        return replace(self, keys=self.keys[:, heads])
 
 
 @dataclass(frozen=True)
@@ -109,7 +102,7 @@ class LayerStates:
         queries: `[B, Hq, n, D]` observed queries after RoPE, oldest first, or `None`. Query heads `h * G` to
             `h * G + G - 1` read KV head `h`, with `G = Hq / H`.
         query_positions: `[B, n]` (or `[n]` where rows agree), their positions; negative where one is padding.
-        again: of the tokens whose queries these are, where they are read again; else `None`.
+        again: what tokens that are read again attend to, for `observe_again`; else `None`.
         hidden_states: `[B, q, hidden]`, the attention's input for the newest tokens, or `None`.
         statistics: what the stage that is called has observed, see `Stage.observe`.
         remembered: what each stage has, by the stage's name: `"scorer"`, `"merger"`.
@@ -220,7 +213,6 @@ class LayerStates:
             head_shares=None if self.head_shares is None else self.head_shares.select_rows(rows),
             queries=queries,
             query_positions=query_positions,
-            again=None if self.again is None else self.again.select(rows, asked),
             hidden_states=hidden,
             statistics=None if self.statistics is None else self.statistics.select(rows, tokens),
             remembered={name: one.select(rows, tokens) for name, one in self.remembered.items()},
@@ -237,7 +229,6 @@ class LayerStates:
             lambda tensor: tensor[:, heads],
             valid=None if self.valid is None else self.valid[:, heads],
             queries=None if self.queries is None else readers_of(self.queries, heads, count),
-            again=None if self.again is None else self.again.of_heads(heads),
             statistics=None if self.statistics is None else self.statistics.of_heads(heads, count),
             remembered={name: one.of_heads(heads, count) for name, one in self.remembered.items()},
             reference=reference,
@@ -303,7 +294,6 @@ class LayerStates:
             lambda tensor: tensor[only],
             valid=take(self.valid),
             queries=take(self.queries),
-            again=None if self.again is None else self.again.select(only),
             query_positions=take(self.query_positions),
             hidden_states=take(self.hidden_states),
             statistics=None if self.statistics is None else self.statistics.select(only),
