@@ -2,6 +2,7 @@
 
 from .budgets import BUDGETS, Budget
 from .cache import MergingDynamicCache
+from .calibration import Calibration, calibrate
 from .config import MergingConfig
 from .mergers import MERGERS, Merger
 from .model import load_model, merging_attention
@@ -19,6 +20,7 @@ __all__ = [
     "SCORERS",
     "Budget",
     "CacheReport",
+    "Calibration",
     "Comparison",
     "KVPressScorer",
     "LayerReport",
@@ -31,6 +33,7 @@ __all__ = [
     "Scorer",
     "Slots",
     "Survivors",
+    "calibrate",
     "compare",
     "load_model",
     "merging_attention",

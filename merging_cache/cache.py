@@ -108,6 +108,7 @@ class MergingDynamicCache(DynamicCache):
         if folding and folds:
             late = self.merging.fold_at == "decode"
             check_supported(self._config, folding, fold.merger.merges_values, fold.fits_masks, late)
+            fold.check_model(self._config, folding)
         if folds and fold.rereading and linked:
             check_rereadable(config, [stage.stage_name for stage in fold.rereading.values()])
         padding, needed = Padding(attention_mask), folds and fold.needs_attention
@@ -117,7 +118,7 @@ class MergingDynamicCache(DynamicCache):
         group = tensor_parallel_group(model)
         joint = JointFold(fold.budget, group) if fold.budget.over_layers else None
         by_profile = folds and isinstance(fold.budget, ProfileBudget)
-        profiled = Profiled(fold.budget, link.memory, group) if by_profile else None
+        profiled = Profiled.of(fold.budget, folding, link.memory, group) if by_profile else None
         part = None if fold.scorer.reads_again else fold.budget.again_tokens
         again = SecondReading(fold.scorer.chunk_size, part) if folds and fold.rereading else None
         self._shared = Shared(self.merging, fold, padding, link, self._storage(), trace, joint, again, profiled)

@@ -40,6 +40,9 @@ class MergingConfig:
             the model cannot be linked.
         merger: what becomes of the evicted: a name of `MERGERS`, a dict or a `Merger`. `"auto"` is `"mass"` where the
             cache is given the model, `"drop"` where it is given its config only or the model cannot be linked.
+        calibration: the folder of a calibration of the model (`calibrate`): short for its gates as the scorer
+            (`{"name": "kvzap", "weights": FOLDER}`) and its profile as the budget (`{"name": "profile", "weights":
+            FOLDER}`), where these are left at their defaults.
         sink_tokens, recent_tokens: first and last tokens of each row that always keep their slot (clipped to the
             slots there are) and that nothing is merged into.
         fold_at: `"prefill"` folds at the end of each pass of several tokens, layer by layer, so memory peaks at one
@@ -67,6 +70,7 @@ class MergingConfig:
     sink_tokens: int = 4
     recent_tokens: int = 32
     fold_at: str = "prefill"
+    calibration: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.compression_ratio is not None and self.max_tokens is not None:
@@ -92,9 +96,13 @@ class MergingConfig:
                 check_number(field, count, int, minimum)
                 object.__setattr__(self, field, int(count))
         check_choice("fold_at", self.fold_at, FOLD_AT)
+        if self.calibration is not None:
+            object.__setattr__(self, "calibration", str(self.calibration))
+            if not Path(self.calibration).is_dir():
+                raise ValueError(f"calibration is {self.calibration!r}, which is no folder; write one with calibrate()")
         fold = Fold(
-            scorer=build_scorer(self.scorer),
-            budget=build_stage("budget", self.budget, BUDGETS, Budget),
+            scorer=build_scorer(self._calibrated("scorer", "kvzap")),
+            budget=build_stage("budget", self._calibrated("budget", "profile"), BUDGETS, Budget),
             merger=build_stage("merger", self.merger, MERGERS, Merger),
             sink_tokens=self.sink_tokens,
             recent_tokens=self.recent_tokens,
@@ -108,6 +116,12 @@ class MergingConfig:
             for linked, rereadable in itertools.product((False, True), repeat=2)
         }
         object.__setattr__(self, "_folds", folds)
+
+    def _calibrated(self, field: str, name: str) -> Any:
+        """What a field says, or the stage of this name with what was calibrated, where it says nothing."""
+        own, default = getattr(self, field), MergingConfig.__dataclass_fields__[field].default
+        is_left = isinstance(own, str) and own == default
+        return {"name": name, "weights": self.calibration} if self.calibration is not None and is_left else own
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MergingConfig":
         return self  # immutable, so copies of a cache share it (a learned scorer's weights with it)
@@ -137,7 +151,7 @@ class MergingConfig:
             "" if isinstance(budget, AutoBudget) else summarize_stage(budget, BUDGETS),
             summarize_stage(build_stage("merger", self.merger, MERGERS, Merger), MERGERS | QUERY_SOURCES),
         ]
-        options = {"sink_tokens": 4, "recent_tokens": 32, "fold_at": "prefill"}
+        options = {"sink_tokens": 4, "recent_tokens": 32, "fold_at": "prefill", "calibration": None}
         others = [f"{name}={getattr(self, name)}" for name, usual in options.items() if getattr(self, name) != usual]
         return " ".join(part for part in (*stages, self.size, *others) if part)
 
@@ -162,6 +176,7 @@ class MergingConfig:
             "sink_tokens": self.sink_tokens,
             "recent_tokens": self.recent_tokens,
             "fold_at": self.fold_at,
+            "calibration": self.calibration,
         }
 
     @classmethod

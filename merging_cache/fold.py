@@ -3,7 +3,7 @@
 Pure functions of tensors; knows nothing of transformers or of how slots are stored.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,6 +68,11 @@ class Fold:
     def needs_hidden_states(self) -> bool:
         """Whether some stage looks at the attention's input."""
         return any(stage.needs_hidden_states for stage in self.stages.values())
+
+    def check_model(self, config: Any, layers: Sequence[int]) -> None:
+        """Refuse a model that a stage was not made for; see `Stage.check_model`."""
+        for stage in self.stages.values():
+            stage.check_model(config, layers)
 
     # Observing --------------------------------------------------------------------------------------------------------
 

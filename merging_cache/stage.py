@@ -2,10 +2,12 @@
 
 import dataclasses
 import inspect
+import json
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -42,12 +44,23 @@ class Stage:
     """True for a stage that is shown what attends to each token while the model reads the prompt, or a part of it, once
     more; see `observe_again`."""
     again_tokens: int | None = None
-    """How many tokens from the middle of the prompt are enough then; `None` for all of it."""
+    """How many tokens from the beginning of the prompt are enough then; `None` for all of it."""
     chunk_size: int = 2048
     """How many are read at a time."""
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    def check_model(self, config: Any, layers: Sequence[int]) -> None:
+        """Refuse a model that the stage was not made for.
+
+        Args:
+            config: that of the part of the model that generates text.
+            layers: the indices of those that fold.
+
+        Raises:
+            ValueError: if it was not.
+        """
 
     def observe(self, states: LayerStates, new: int) -> Statistics | None:
         """Remember something about a pass of the prompt, so that nothing of its length need be kept until the fold.
@@ -90,6 +103,27 @@ class Stage:
         """Whether the stage can do with keys and values alone (False), or not."""
         sees = self.needs_queries or self.needs_hidden_states or self.reads_again
         return sees or self.needs_rotary or self.needs_module
+
+
+def check_calibrated_for(folder: str, config: Any) -> None:
+    """Refuse the folder of a calibration that was made for another model, by its name; a folder without a word may go.
+
+    Raises:
+        ValueError: if it was.
+    """
+    path = Path(folder) / "calibration.json"
+    name = Path(getattr(config, "name_or_path", None) or "unnamed").name
+    if not path.is_file():
+        return
+    try:
+        made_for = json.loads(path.read_text(encoding="utf-8"))["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} could not be read as that of a calibration: {error}") from error
+    if made_for != name:
+        raise ValueError(
+            f"{folder} was calibrated for {made_for}, but this model is {name}. Calibrate this one, or, if it is the "
+            f'same under another name, write that as "model" into {path}'
+        )
 
 
 def option(default: Any, minimum: float | None = None, maximum: float | None = None) -> Any:

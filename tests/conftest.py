@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 import transformers
 from hypothesis import HealthCheck, settings
 
+NEEDLE = Path(__file__).parents[1] / "examples" / "needle"
+
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -31,6 +33,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def needle() -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+    """The small trained model that ships with the project."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(NEEDLE)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(NEEDLE)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from conftest import NEEDLE
 from evaluate_needle import accuracy
 from merging_cache import MergingDynamicCache
 from merging_cache.evaluation.needle_words import FILLER, GLUE, NAMES
@@ -19,12 +20,6 @@ from merging_cache.model import cache_argument
 from needle_tasks import KINDS, Question, held_out, make_context, pick_questions, score
 
 ROOT = Path(__file__).parents[1]
-NEEDLE = ROOT / "examples" / "needle"
-
-
-@pytest.fixture(scope="module")
-def needle():
-    return AutoModelForCausalLM.from_pretrained(NEEDLE).eval(), AutoTokenizer.from_pretrained(NEEDLE)
 
 
 def test_contexts_hold_their_answers():
@@ -139,30 +134,6 @@ def test_the_readme_names_every_option():
         f'"{n}"' for n in (*SCORERS, *BUDGETS, *MERGERS)
     ]:
         assert name in readme, name
-
-
-def test_surrogates_that_were_trained_load(needle, tmp_path):
-    """At the smallest size: what is saved is what both scorers read."""
-    from train_surrogates import train_surrogates
-
-    model, tokenizer = needle
-    train_surrogates(model, tokenizer, tmp_path, contexts=2, words=200, steps=2, seed=1)
-    ids = tokenizer(make_context(random.Random(0), 200, pairs=4).text, return_tensors="pt").input_ids
-    for name in ("kvzap", "fast_kvzip"):
-        scorer = {"name": name, "weights": str(tmp_path / name)}
-        cache = MergingDynamicCache(model=model, scorer=scorer, merger="drop")
-        model(ids, **cache_argument(cache))
-        assert cache.layers[0].num_slots == ids.shape[1] // 2
-        cache.release()
-
-
-def test_kvzap_is_the_least_squares_solution():
-    from train_surrogates import fit_kvzap
-
-    hidden, true = torch.randn(500, 8), torch.nn.Linear(8, 3)
-    weights = fit_kvzap(hidden, true(hidden).detach().exp())
-    torch.testing.assert_close(weights["weight"], true.weight.detach(), rtol=0.02, atol=0.02)
-    torch.testing.assert_close(weights["bias"], true.bias.detach(), rtol=0.02, atol=0.02)
 
 
 def test_the_benchmark_compares_as_many_slots():

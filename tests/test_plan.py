@@ -25,6 +25,7 @@ FLOORS = [
     ("quantized_cache",),
     ("reading",),
     ("evaluation",),
+    ("calibration",),
 ]
 PURE = ("linalg", "states", "stage", "scorers", "budgets", "mergers", "fold")  # tensors in, tensors out
 GUESTS = {  # what files of these rooms may know besides torch

@@ -13,8 +13,8 @@ import reference
 from merging_cache import LayerStates, MergingDynamicCache, Reading
 from merging_cache.budgets import ProfileBudget
 from merging_cache.budgets.profile import STEPS, Profile, rounded, table_of
-from merging_cache.layers.profiled import middle
-from merging_cache.model import cache_argument
+from merging_cache.layers.profiled import PIECES, WITHIN, spread
+from merging_cache.model import Pass, cache_argument
 from models import WINDOW, assert_same_cache, greedy, left_padded, llama, prompt
 
 pytestmark = pytest.mark.core
@@ -101,14 +101,38 @@ def test_heads_keep_their_best(length, num_slots, data):
         assert kept[head].nonzero().squeeze(1).tolist() == reference.top_tokens(scores[0, head].tolist(), count)
 
 
-def test_the_middle():
-    assert [list(range(10))[middle(10, part)] for part in (None, 4, 3, 10, 99)] == [
-        list(range(10)),
-        [3, 4, 5, 6],
-        [3, 4, 5],
-        list(range(10)),
-        list(range(10)),
-    ]
+@given(st.integers(0, 3000), st.sampled_from([4, 24, 128, 130]))
+def test_pieces_lie_evenly_and_begin_in_order(count, part):
+    (index,) = spread(torch.tensor([count]), part).tolist()
+    if count <= part:
+        assert index[:count] == list(range(count))
+        return
+    assert index == sorted(set(index))
+    assert index[0] >= 0
+    assert index[-1] < min(count, WITHIN)
+    cuts = [number for number in range(1, part) if index[number] != index[number - 1] + 1]
+    gaps = [index[cut] - index[cut - 1] - 1 for cut in cuts]
+    assert len(gaps) <= PIECES - 1
+    assert max(gaps) - min(gaps) <= 1
+    assert abs(index[0] - gaps[0] / 2) <= 1
+
+
+@torch.no_grad()
+def test_no_more_than_the_beginning_is_looked_at(monkeypatch):
+    """What follows it changes nothing, and costs nothing."""
+    for module in ("again", "profiled"):
+        monkeypatch.setattr(f"merging_cache.layers.{module}.WITHIN", 48)
+    announced, announce = [], Pass.announce
+    monkeypatch.setattr(Pass, "announce", lambda *args: announced.append(args[1].shape[2]) or announce(*args))
+    tables = []
+    for length in (48, 90):
+        model = llama()
+        cache = profiled(model, compression_ratio=0.5)
+        model(prompt(90)[:, :length], **cache_argument(cache))
+        tables.append(cache._shared.profiled.profile.tables)
+    assert announced == [48] * 2 + [48 + 24] * 2 + [90] * 2 + [48 + 24] * 2
+    for one, other in zip(*tables, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1 / 24)
 
 
 @torch.no_grad()

@@ -1,16 +1,20 @@
 """Each head its own fraction of the tokens, as the model itself needs them."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..stage import option
+from ..stage import check_calibrated_for, option
 from ..states import LayerStates, Statistics, Survivors, drawn_again
 from .base import Budget
 from .uniform import UniformBudget
 
+PROFILE_FILE = "profile.json"  # in the folder of a calibration
 STEPS = 100  # a profile says what heads keep where all of them keep 0, 1, .. STEPS hundredths
 
 
@@ -27,13 +31,35 @@ class ProfileBudget(Budget):
     says, or a slot less in each layer; less, too, where a short first piece of a prompt said something else.
 
     Args:
-        probe_tokens: how many tokens, from the middle of the prompt, are read again.
+        weights: the folder of a calibration (`calibrate`), whose profile is taken; then nothing is read again.
+        probe_tokens: how many tokens, in four pieces of the first 1,024 of the prompt, are read again.
     """
 
     ragged = True
-    reads_again = True
 
+    weights: str = ""
     probe_tokens: int = option(128, minimum=1)
+
+    def __post_init__(self) -> None:
+        self.weights = str(self.weights)  # a path will do
+        super().__post_init__()
+
+    @property
+    def reads_again(self) -> bool:
+        return not self.weights
+
+    def check_model(self, config: Any, layers: Sequence[int]) -> None:
+        if self.weights:
+            check_calibrated_for(self.weights, config)
+            self.calibrated(layers)
+
+    def calibrated(self, layers: Sequence[int]) -> "Profile":
+        """The profile in `weights`.
+
+        Raises:
+            ValueError: if there is none, or it is one of other layers than these.
+        """
+        return Profile.from_json_file(Path(self.weights) / PROFILE_FILE, layers)
 
     @property
     def again_tokens(self) -> int:
@@ -91,6 +117,39 @@ class Profile:
     def select_rows(self, rows: Tensor) -> "Profile":
         """Of these rows."""
         return self if self.num_rows == 1 else Profile([one[rows.cpu()] for one in self.tables])
+
+    @classmethod
+    def from_json_file(cls, path: Path, layers: Sequence[int]) -> "Profile":
+        """Read what `to_json_file` wrote.
+
+        Raises:
+            ValueError: if it cannot be read, or is of other layers.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found = {int(layer): torch.tensor(heads, dtype=torch.double) for layer, heads in content["layers"].items()}
+            fits = all(one.dim() == 2 and one.shape[1] == STEPS + 1 for one in found.values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} could not be read as a profile: {error}; write one with calibrate()") from error
+        if not fits or sorted(found) != sorted(layers):
+            raise ValueError(
+                f"{path} is a profile of layers {sorted(found)}, but those that fold here are {sorted(layers)}; is it "
+                "another model's?"
+            )
+        return cls([found[layer].unsqueeze(0) for layer in layers])
+
+    def to_json_file(self, path: Path, layers: Sequence[int]) -> None:
+        """Write that of the first row, under these indices of layers, as `[H][STEPS + 1]` of each."""
+        rounded = {layer: [[round(x, 4) for x in head] for head in one[0].tolist()] for layer, one in self._of(layers)}
+        content = {"kept": [step / STEPS for step in range(STEPS + 1)], "layers": rounded}
+        path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    def _of(self, layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        return zip(layers, self.tables, strict=True)
+
+    def of_process(self, rank: int, count: int) -> "Profile":
+        """Of the heads of one of `count` processes that share the heads of each layer."""
+        return Profile([one.chunk(count, dim=1)[rank] for one in self.tables])
 
     def shares(self, layer: int, keep: float) -> Tensor:
         """`[B, H]`, the fraction of its tokens that each head of a layer keeps if all heads keep `keep` on average."""

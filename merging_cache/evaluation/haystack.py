@@ -34,6 +34,15 @@ def reference_prose(fitting: bool = False) -> tuple[str, ...]:
     return tuple(one for one in halves[fitting] if not fitting or one not in halves[False])
 
 
+@cache
+def fitting_text() -> str:
+    """All of the half for fitting, code and tables included, but for paragraphs that stand in the other half, too."""
+    measured = {one for name, text in topics.items() if is_for_evaluation(name) for one in paragraphs(text)}
+    fitting = (text for name, text in sorted(topics.items()) if not is_for_evaluation(name))
+    blocks = (block for text in fitting for block in re.split(r"\n\s*\n", text))
+    return "\n\n".join(block for block in blocks if " ".join(block.split()) not in measured)
+
+
 def paragraphs(text: str) -> Iterator[str]:
     """The paragraphs of a text, each on one line."""
     for paragraph in re.split(r"\n\s*\n", text):

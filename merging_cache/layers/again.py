@@ -18,7 +18,7 @@ from ..model import Pass, cache_argument, most_positions
 from .folding import FoldingLayer
 from .hybrid import HybridLayer, LinearAttentionLayer, linear_attention_state
 from .padding import Padding
-from .profiled import middle_start
+from .profiled import WITHIN, spread
 
 SHOWN_FROM = 4096  # tokens from which it takes long enough for a progress bar
 
@@ -29,31 +29,33 @@ class AgainLayer(DynamicLayer):
     Args:
         layer: the other, which is told what the pass attends to.
         there: `[B, q]` bool, where a row has a token that is read again; `None` where all do.
+        hidden: how many of the last tokens it does not see.
     """
 
-    def __init__(self, layer: FoldingLayer, there: Tensor | None) -> None:
+    def __init__(self, layer: FoldingLayer, there: Tensor | None, hidden: int = 0) -> None:
         super().__init__()
-        self._layer, self._there = layer, there
+        self._layer, self._there, self._hidden = layer, there, hidden
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """All that the other stores, and the keys and values `[B, H, q, D]` of the pass."""
-        stored = self._layer.storage.read()
-        both = tuple(torch.cat([old, new], dim=2) for old, new in zip(stored, (key_states, value_states), strict=True))
-        self._given = both
+        """What it sees of the other, and the keys and values `[B, H, q, D]` of the pass."""
+        stored, seen = self._layer.storage.read(), self._layer.num_stored - self._hidden
+        given = zip(stored, (key_states, value_states), strict=True)
+        keys, values = (torch.cat([old[:, :, :seen], new], dim=2) for old, new in given)
+        self._shown = seen, keys, *stored
         slots = self._layer.fitted_slots()
-        Pass(self, self._layer.layer_idx, both[0].shape[2], *slots, shows_weights=True).announce(both[0])
-        return both
+        Pass(self, self._layer.layer_idx, keys.shape[2], *slots, shows_weights=True).announce(keys)
+        return keys, values
 
     def watch(self, key: Tensor, hidden_states: Tensor | None) -> Callable[[Tensor, slice], None]:
         """What the attention of the pass is to be shown to, see `FoldingLayer.watch_again`."""
-        return self._layer.watch_again(key, *self._given, self._there, hidden_states)
+        return self._layer.watch_again(key, *self._shown, self._there, hidden_states)
 
     def get_seq_length(self) -> int:
-        return self._layer.seen
+        return self._layer.seen - self._hidden
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         stored = self._layer.num_stored
-        return stored + query_length, self._layer.seen - stored
+        return stored - self._hidden + query_length, self._layer.seen - stored
 
 
 if HybridLayer is not None:
@@ -61,17 +63,17 @@ if HybridLayer is not None:
     class AgainHybridLayer(AgainLayer, HybridLayer):
         """The same beside a linear-attention state, of which it has a copy."""
 
-        def __init__(self, layer: FoldingLayer, there: Tensor | None) -> None:
+        def __init__(self, layer: FoldingLayer, there: Tensor | None, hidden: int = 0) -> None:
             LinearAttentionLayer.__init__(self, number_of_states=layer.number_of_states)
-            AgainLayer.__init__(self, layer, there)
+            AgainLayer.__init__(self, layer, there, hidden)
             vars(self).update(copy.deepcopy(linear_attention_state(layer)))
 
 
-def again(layer: CacheLayerMixin, there: Tensor | None) -> CacheLayerMixin:
+def again(layer: CacheLayerMixin, there: Tensor | None, hidden: int) -> CacheLayerMixin:
     """What stands for a layer of the cache in a pass that reads again: it sees the same, and changes nothing there."""
     if not isinstance(layer, FoldingLayer):
         return copy.deepcopy(layer)
-    return (AgainHybridLayer if linear_attention_state(layer) else AgainLayer)(layer, there)
+    return (AgainHybridLayer if linear_attention_state(layer) else AgainLayer)(layer, there, hidden)
 
 
 class SecondReading:
@@ -82,7 +84,7 @@ class SecondReading:
 
     Args:
         chunk_size: tokens that are read at a time.
-        part: how many tokens from the middle are read again; `None` for all.
+        part: how many tokens from the beginning are read again, which then see no more than that; `None` for all.
     """
 
     def __init__(self, chunk_size: int, part: int | None = None) -> None:
@@ -138,34 +140,41 @@ class SecondReading:
         (batch, new), seen, device = given.shape[:2], folding[0].seen, given.device
         padded = padding.of_tokens(torch.arange(seen, device=device).expand(batch, -1))
         real = torch.ones(batch, seen, dtype=torch.bool, device=device) if padded is None else ~padded
-        counts = real.sum(dim=1)
+        number, counts = real.cumsum(dim=1), real.sum(dim=1)
         read = torch.zeros_like(counts) if self._read is None else self._read
         due = torch.tensor([is_due(count) for count in counts.tolist()], device=device)
-        asked = real & (real.cumsum(dim=1) > read.unsqueeze(1)) & due.unsqueeze(1)
+        asked = real & (number > read.unsqueeze(1)) & due.unsqueeze(1)
         for layer in folding:
             layer.is_to_look_again(asked)
+        visible, hidden = real, 0
+        if self.part is not None and all(
+            isinstance(one, FoldingLayer) and not linear_attention_state(one) for one in layers
+        ):
+            visible = real & (number <= read.unsqueeze(1) + WITHIN)
+            hidden = min(seen - 1 - int(visible.any(dim=0).nonzero().max()), folding[0].num_tail)
+            visible, asked = visible[:, : seen - hidden], asked[:, : seen - hidden]
         most = most_positions(decoder.config)
         total = int(asked.sum(dim=1).max()) if self.part is None else min(int(asked.sum(dim=1).max()), self.part)
         takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
         with tqdm(total=total, desc="reading again", unit=" tokens", disable=total < SHOWN_FROM) as bar:
-            for index, there in chunks(asked[:, seen - new :], self.chunk_size, self.part):
-                first = counts.unsqueeze(1)
+            for index, there in chunks(asked[:, seen - new :], self.chunk_size, self.part):  # columns of what came
+                first = visible.sum(dim=1, keepdim=True)
                 if most is not None:
                     first = first.clamp_max(most - index.shape[1])
                 inputs = {"inputs_embeds" if embeds else "input_ids": take(given, index)}
-                if padded is not None:
-                    inputs["attention_mask"] = torch.cat([real, there], dim=1).long()
+                if not (visible.all() and there.all()):
+                    inputs["attention_mask"] = torch.cat([visible, there], dim=1).long()
                 if takes_positions:
                     inputs["position_ids"] = first + torch.arange(index.shape[1], device=device)
                 there = None if there.all() else there
-                cache = Cache(layers=[again(layer, there) for layer in layers])
+                cache = Cache(layers=[again(layer, there, hidden) for layer in layers])
                 decoder(**inputs, **cache_argument(cache), use_cache=True)
                 bar.update(index.shape[1])
 
         def finish() -> None:
             self._read = torch.where(due, counts, read)
-            unread = real & (real.cumsum(dim=1) > self._read.unsqueeze(1))
-            left = seen - int(unread.any(dim=0).int().argmax()) if unread.any() else 0
+            unread = (real & (number > self._read.unsqueeze(1))).any(dim=0)
+            left = seen - int(unread.int().argmax()) if unread.any() else 0
             while sum(given.shape[1] for _, given in self._passes[1:]) >= left and self._passes:
                 self._passes.pop(0)
 
@@ -173,7 +182,7 @@ class SecondReading:
 
 
 def chunks(asked: Tensor, size: int, part: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tokens of each row that are asked for, `[B, n]` bool, or `part` from their middle, `size` at a time.
+    """The tokens of each row that are asked for, `[B, n]` bool, or a `part` of them, `size` at a time.
 
     Yields indices `[B, q]`, and where one is. Each row begins with its own first token, so that it is cut as it would
     be alone.
@@ -181,7 +190,7 @@ def chunks(asked: Tensor, size: int, part: int | None) -> Iterator[tuple[Tensor,
     order = (~asked).to(torch.uint8).sort(dim=1, stable=True).indices
     counts = asked.sum(dim=1, keepdim=True)
     if part is not None:
-        index = (middle_start(counts, part) + torch.arange(part, device=asked.device)).clamp_max(order.shape[1] - 1)
+        index = spread(counts.squeeze(1), part).clamp_max(order.shape[1] - 1)
         order, counts = order.gather(1, index), counts.clamp_max(part)
     for start in range(0, int(counts.max()), size):
         index = order[:, start : min(start + size, int(counts.max()))]

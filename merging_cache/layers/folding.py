@@ -20,7 +20,7 @@ from ..storage import store
 from .guards import Guards
 from .joint import JointFold, Scored
 from .observed import Observed, by_stored_head
-from .profiled import middle
+from .profiled import spread
 from .shared import Shared
 from .stored import StoredLayer
 
@@ -90,35 +90,43 @@ class FoldingLayer(StoredLayer):
         self._asked_again = asked.to(self.device)
 
     def watch_again(
-        self, key: Tensor, keys: Tensor, values: Tensor, there: Tensor | None, hidden_states: Tensor | None
+        self,
+        key: Tensor,
+        seen: int,
+        given: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        there: Tensor | None,
+        hidden_states: Tensor | None,
     ) -> Callable[[Tensor, slice], None]:
         """Have the stages that want it look at tokens that are read again.
 
         Args:
             key: what the attention is given.
-            keys, values: `[B, H, L + q, D]`, the stored ones and those of these tokens.
+            seen: n, how many of the stored tokens they see, from the first.
+            given: `[B, H, n + q, D]`, the keys of these, and those of the q tokens that are read again.
+            keys, values: `[B, H, L, D]`, those stored.
             there: `[B, q]` bool, where a row has such a token; `None` where all do.
             hidden_states: `[B, q, hidden]`, the attention's input, where someone asked for it.
 
         Returns:
-            what is to be called with attention weights `[B, Hq, m, L + q]` and which m of the q tokens they are of.
+            what is to be called with attention weights `[B, Hq, m, n + q]` and which m of the q tokens they are of.
         """
         self.guards.check_hidden_states(hidden_states)
-        fold, stored = self._shared.fold, slice(self.num_stored)
-        states = self._states(keys[:, :, stored], values[:, :, stored])
+        fold, states = self._shared.fold, self._states(keys, values).first(seen)
         norms = None if hidden_states is None else torch.linalg.vector_norm(hidden_states.float(), dim=-1)
 
         def watch(weights: Tensor, part: slice) -> None:
             nonlocal states
-            by_head = by_stored_head(weights.detach(), key, keys)
-            self.guards.check_comparable(by_head, key, keys)
-            by_head = by_head[..., stored].unflatten(1, (keys.shape[1], -1))
+            by_head = by_stored_head(weights.detach(), key, given)
+            self.guards.check_comparable(by_head, key, given)
+            by_head = by_head[..., :seen].unflatten(1, (keys.shape[1], -1))
             if there is not None:
                 by_head = by_head * there[:, None, None, part, None]
             again = Again(by_head, None if norms is None else norms[:, part])
             with self._in_full_precision():
-                seen = fold.observe_again(replace(states, again=again))
-            self._observed.remembered = {**states.remembered, **seen}
+                drawn = fold.observe_again(replace(states, again=again))
+            self._observed.remembered = {**states.remembered, **drawn}
             states = replace(states, remembered=self._observed.remembered)
 
         return watch
@@ -190,7 +198,7 @@ class FoldingLayer(StoredLayer):
         # padding is evicted from all heads alike, so one head's positions tell
         padding = self._shared.padding.of_tokens(positions[:, 0])
         if valid is not None:
-            valid = torch.nn.functional.pad(valid, (0, self._tail), value=True)
+            valid = torch.nn.functional.pad(valid, (0, self.num_tail), value=True)
             if padding is not None:
                 padding[:, : self.num_slots] = False  # none is among ragged slots
                 padding = padding if padding.any() else None
@@ -218,12 +226,16 @@ class FoldingLayer(StoredLayer):
     def probed(self) -> list[Tensor]:
         """By row `[H, n]`, what its tokens that were read again drew of their own attention then; it is not kept."""
         nothing = Statistics(torch.zeros(self.positions.shape, device=self.device))
-        scores = self._observed.remembered.pop("budget", nothing).tokens
+        scores = self._observed.remembered.pop("budget", nothing).resized(self.num_stored).tokens
         # of rows that are read again no head has lost a token that was not
         positions = self.positions[:, 0]
         asked = self._asked_again.gather(1, positions.clamp_min(0)) & (positions >= 0)
         rows = [of_row[:, there] for of_row, there in zip(scores, asked, strict=True)]
-        return [row[:, middle(row.shape[1], self._shared.again.part)] for row in rows]
+        part = self._shared.again.part
+        if part is None:
+            return rows
+        count = torch.tensor([row.shape[1] for row in rows], device=self.device)
+        return [row[:, index[: row.shape[1]]] for row, index in zip(rows, spread(count, part), strict=True)]
 
     @property
     def _head_shares(self) -> HeadShares | None:

@@ -233,5 +233,5 @@ class MergingLayer(FoldingLayer):
         """How many tokens `crop(tokens_to_remove)` removes; raises what it would raise."""
         if not self.num_stored:  # an unused layer has nothing to give back
             return self.guards.removed(tokens_to_remove, self.seen)
-        slots, tail, observed = self.num_slots, self._tail, self._observed.until
+        slots, tail, observed = self.num_slots, self.num_tail, self._observed.until
         return self.guards.check_crop(tokens_to_remove, self.seen, slots, tail, observed)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..budgets.profile import Profile, ProfileBudget, table_of
 
+PIECES = 4  # in which a part of a prompt is read again
+WITHIN = 1024  # the first tokens, from which that part is taken, and which are all that it sees
+
 
 class Probed(Protocol):
     """What a layer has to be able to tell."""
@@ -27,6 +30,18 @@ class Profiled:
         memory: what is remembered of the model, whichever cache found it.
         group: the processes that hold the heads of each layer among them, or `None` for this one.
     """
+
+    @classmethod
+    def of(
+        cls, budget: ProfileBudget, layers: Sequence[int], memory: MutableMapping[str, Any], group: Any
+    ) -> "Profiled":
+        """Of these layers, for a model whose memory this is, unless the budget brings its own."""
+        if not budget.weights:
+            return cls(budget, memory, group)
+        profile = budget.calibrated(layers)
+        if group is not None:
+            profile = profile.of_process(dist.get_rank(group), dist.get_world_size(group))
+        return cls(budget, {repr(budget): profile}, group)
 
     def __init__(self, budget: ProfileBudget, memory: MutableMapping[str, Any], group: Any = None) -> None:
         self.budget, self.group = budget, group
@@ -100,12 +115,11 @@ def _thawed(budget: ProfileBudget, memory: dict[str, Any], own: Profile | None, 
     return profiled
 
 
-def middle_start(count: Any, part: int) -> Any:
-    """Where `part` tokens in the middle of `count` begin; of a number, or of a tensor of them."""
-    return (count - part) * (count > part) // 2
+def spread(counts: Tensor, part: int) -> Tensor:
+    """`[B, part]`, the places of `part` tokens among `counts` `[B]` of them, or all: `PIECES` even pieces of the first.
 
-
-def middle(count: int, part: int | None) -> slice:
-    """Of `count` tokens the `part` from their middle; all of them for `None`."""
-    first = 0 if part is None else middle_start(count, part)
-    return slice(first, count if part is None else min(count, first + part))
+    Several pieces tell twice as much of a model as one of the same length does.
+    """
+    place = torch.arange(part, device=counts.device)
+    gaps = (counts.clamp_max(WITHIN) - part).clamp_min(0).unsqueeze(-1)
+    return place + gaps * (2 * (place * PIECES // part) + 1) // (2 * PIECES)

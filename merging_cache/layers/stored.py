@@ -107,7 +107,7 @@ class StoredLayer(DynamicLayer):
     @property
     def stored_per_head(self) -> Tensor | None:
         """`[B, H]`, how many tokens each head stores, slots and tail; `None` before the first update."""
-        return None if not self.num_stored else self.slots_per_head + self._tail
+        return None if not self.num_stored else self.slots_per_head + self.num_tail
 
     @property
     def positions(self) -> Tensor | None:
@@ -117,7 +117,7 @@ class StoredLayer(DynamicLayer):
         """
         if not self.num_stored:
             return None
-        tail = torch.arange(self.seen - self._tail, self.seen, device=self.device).expand(*self.shape[:2], -1)
+        tail = torch.arange(self.seen - self.num_tail, self.seen, device=self.device).expand(*self.shape[:2], -1)
         of_slots = self.storage.positions
         return tail if of_slots is None else torch.cat([of_slots.long(), tail], dim=2)
 
@@ -128,7 +128,7 @@ class StoredLayer(DynamicLayer):
         It is added to the slot's attention logits; -inf where a head has no slot.
         """
         of_slots = self.storage.log_mass
-        return None if of_slots is None else torch.nn.functional.pad(of_slots, (0, self._tail))
+        return None if of_slots is None else torch.nn.functional.pad(of_slots, (0, self.num_tail))
 
     @property
     def num_merged(self) -> Tensor | None:
@@ -168,7 +168,7 @@ class StoredLayer(DynamicLayer):
         return fates
 
     @property
-    def _tail(self) -> int:
+    def num_tail(self) -> int:
         """How many tokens are stored as they came, behind the slots."""
         return self.storage.length - self.storage.num_slots
 

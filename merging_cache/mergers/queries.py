@@ -1,7 +1,7 @@
 """Reference queries: what stands for the queries to come when a merger weighs what a fold changes."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,9 +50,9 @@ class StratifiedQueries(QuerySource):
     rotary embedding is taken off, and they are put at the positions after the last token, so that they see all of it.
     Where the rotary embedding cannot be made out, the last `count` queries are taken as they are.
 
-    Memory: `2 * count` queries of every query head until the fold. After it `count / 8` to `count / 4` of them are kept
-    for the next one, to which the queries observed since are added; so a prompt that is folded in many chunks is judged
-    by its last chunk most.
+    Memory: `2 * count` queries of every query head until the fold. None are kept after it, so that a cache is no larger
+    than its slots: a later fold is judged by the queries that came since, and a prompt that is folded in many chunks by
+    those of each chunk.
 
     Args:
         count: the least number of queries, once as many were observed.
@@ -70,12 +70,10 @@ class StratifiedQueries(QuerySource):
 
     def settle(self, statistics: Statistics, folded: Tensor) -> Statistics:
         observed = _KeptQueries.of(statistics)
-        room, known = max(1, self.count // 4), observed.order > 0
-        fewer = observed.evenly(room)
-        least = known.sum(dim=1).clamp_max(max(1, room // 2))
-        fewer = torch.where((fewer.sum(dim=1) >= least).unsqueeze(1), fewer, observed.last(room))
-        chosen = torch.where(folded.unsqueeze(1), fewer, known)
-        return observed.pick(chosen, int(chosen.sum(dim=1).max())).statistics()
+        folded = folded.to(observed.total.device)
+        left = (observed.order > 0) & ~folded.unsqueeze(1)
+        counted = replace(observed, total=observed.total.masked_fill(folded, 0))
+        return counted.pick(left, int(left.sum(dim=1).max())).statistics()
 
     def reference(self, states: LayerStates) -> ReferenceQueries:
         if states.statistics is None:

@@ -1,11 +1,13 @@
 """Scorers that are small trained models of the hidden states."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from ..stage import check_calibrated_for
 from ..states import LayerStates
 from .once import OnceScorer
 from .weights import Weights
@@ -37,6 +39,9 @@ class HiddenStateScorer(OnceScorer):
         scorer = cls(weights=str(name_or_path), **options)
         _ = scorer._weights.tensors
         return scorer
+
+    def check_model(self, config: Any, layers: Sequence[int]) -> None:
+        check_calibrated_for(self.weights, config)
 
     @abstractmethod
     def prefix(self, layer_idx: int) -> str:

@@ -218,6 +218,15 @@ class LayerStates:
             remembered={name: one.select(rows, tokens) for name, one in self.remembered.items()},
         )
 
+    def first(self, count: int) -> "LayerStates":
+        """Only the first `count` stored tokens; padding is not told of."""
+
+        def take(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[:, :, :count]
+
+        remembered = {name: one.resized(count) for name, one in self.remembered.items()}
+        return self._of_tokens(take, valid=take(self.valid), remembered=remembered)
+
     def of_heads(self, heads: slice) -> "LayerStates":
         """Only these KV heads, with the query heads that read them."""
         count = self.keys.shape[1]

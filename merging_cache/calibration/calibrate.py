@@ -1,0 +1,267 @@
+"""calibrate: what is learned of a model once, written to a folder that caches load it from."""
+
+import hashlib
+import json
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..budgets.profile import Profile
+from ..evaluation.haystack import fitting_text
+from ..model import most_positions
+from ..stage import check_number
+from .excerpts import Excerpt, excerpts_of
+from .gates import Gate, Lesson, fit_linear, fit_mlp
+from .teacher import layers_in, read_twice, taught
+
+LENGTHS = (512, 1024, 2048, 4096)
+SAMPLE = 512  # tokens of each excerpt that a gate learns from
+DEFAULT_TEXT = "the half of Python's language reference that evaluations do not use"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found out, and where it lies.
+
+    Args:
+        folder: what `calibration=`, `scorer={"name": "kvzap", "weights": ...}` and `budget={"name": "profile",
+            "weights": ...}` take.
+        model, architecture: the name of the model and its class.
+        text, lengths, tokens: what was read.
+        kind: `"linear"` or `"mlp"`, whichever was better on text that was held out.
+        layers: the indices of the layers that fold.
+        errors: mean squared error of the logarithms of the scores on held-out text, by kind and layer.
+        correlations: of what the gate says with what was drawn, by layer, the mean of its heads.
+        seconds: how long reading and fitting took.
+    """
+
+    folder: Path
+    model: str
+    architecture: str
+    text: str
+    lengths: tuple[int, ...]
+    tokens: int
+    kind: str
+    layers: tuple[int, ...]
+    errors: dict[str, list[float]]
+    correlations: list[float]
+    seconds: dict[str, float]
+
+    def __str__(self) -> str:
+        """As a table."""
+        lines = [f"{self.model} ({self.architecture}), gates: {self.kind}", "layer  " + "  ".join(self.errors) + "  r"]
+        for number, layer in enumerate(self.layers):
+            errors = "  ".join(f"{of_kind[number]:.3f}" for of_kind in self.errors.values())
+            lines.append(f"{layer:5d}  {errors}  {self.correlations[number]:.3f}")
+        return "\n".join(lines)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    text: str | None = None,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    tokens_of_length: int = 8192,
+    hidden_dim: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Calibration:
+    """Learn what a model needs of its tokens: a gate for each layer that folds, and how much each head keeps.
+
+    The model reads excerpts of a text, each twice: what it attends to in the second reading (KVzip, arXiv:2505.23416)
+    is what a gate learns to tell from the attention's input alone (KVzap, arXiv:2601.07891), and one threshold over all
+    of it gives the fraction of its tokens that each head keeps at every ratio. Half of the excerpts stand in the
+    model's chat template. Linear gates and small MLPs are fitted; the better kind on held-out text is kept.
+
+    What was read is kept in `folder/unfinished` until all is done, so a run that was stopped goes on where it was.
+    Memory beside the model: the hidden states of one excerpt, and of one layer those of all sampled tokens.
+
+    Args:
+        model: a decoder whose attention goes through transformers' interface.
+        tokenizer: its tokenizer.
+        folder: where to write: weights in KVzap's format (`config.json`, `model.safetensors`), `profile.json`,
+            `calibration.json`, and a card for people to read.
+        text: what to read; by default the half of Python's language reference that the evaluation's haystack is not
+            made of. A text like what the model will read is better.
+        lengths: of the excerpts, in tokens.
+        tokens_of_length: tokens that are read of each length.
+        hidden_dim: of the MLPs, a 24th of the model's by default.
+        seed: of what is drawn.
+        progress: whether to show progress bars.
+
+    Raises:
+        ValueError: for a text that is too short, lengths that the model has no positions for, and models that cannot
+            read a prompt again or have no layer that folds.
+
+    Example:
+        >>> from merging_cache import MergingDynamicCache, calibrate, load_model
+        >>> model, tokenizer = load_model("smollm2")  # doctest: +SKIP
+        >>> print(calibrate(model, tokenizer, "smollm2-calibration"))  # doctest: +SKIP
+        >>> cache = MergingDynamicCache(model=model, calibration="smollm2-calibration")  # doctest: +SKIP
+    """
+    folder, lengths = Path(folder), tuple(sorted(lengths))
+    _check(model, lengths, tokens_of_length, hidden_dim)
+    name, given = DEFAULT_TEXT if text is None else "given", fitting_text() if text is None else text
+    excerpts = excerpts_of(given, tokenizer, lengths, tokens_of_length, seed)
+    clock = _Clock()
+    files = _read(model, excerpts, folder, seed, progress)
+    clock.lap("reading")
+    layers = layers_in(files[0])
+    held_out = [file for file, excerpt in zip(files, excerpts, strict=True) if excerpt.is_held_out]
+    fitting = [file for file in files if file not in held_out]
+    width = max(8, model.config.get_text_config(decoder=True).hidden_size // 24) if hidden_dim is None else hidden_dim
+    gates: dict[str, list[Gate]] = {"linear": [], "mlp": []}
+    for layer in tqdm(layers, desc="fitting", unit=" layers", disable=not progress):
+        lesson = _lesson(layer, fitting, held_out, model.device)
+        gates["linear"].append(fit_linear(lesson))
+        gates["mlp"].append(fit_mlp(lesson, width, seed))
+    clock.lap("fitting")
+    kind = min(gates, key=lambda one: sum(gate.error for gate in gates[one]))
+    calibration = Calibration(
+        folder=folder,
+        model=Path(model.config.name_or_path or "unnamed").name,
+        architecture=type(model).__name__,
+        text=name,
+        lengths=lengths,
+        tokens=sum(excerpt.input_ids.shape[1] for excerpt in excerpts),
+        kind=kind,
+        layers=tuple(layers),
+        errors={one: [gate.error for gate in of_kind] for one, of_kind in gates.items()},
+        correlations=[float(gate.correlation.mean()) for gate in gates[kind]],
+        seconds=clock.seconds,
+    )
+    _write(calibration, gates[kind], _profile(layers, gates[kind], files), model)
+    shutil.rmtree(folder / "unfinished")
+    return calibration
+
+
+def _check(model: PreTrainedModel, lengths: tuple[int, ...], tokens_of_length: int, hidden_dim: int | None) -> None:
+    for length in lengths:
+        check_number("a length", length, int, minimum=16)
+    check_number("tokens_of_length", tokens_of_length, int, minimum=1)
+    if hidden_dim is not None:
+        check_number("hidden_dim", hidden_dim, int, minimum=1)
+    if not lengths:
+        raise ValueError("lengths is empty; give the lengths of excerpts in tokens")
+    most = most_positions(model.config.get_text_config(decoder=True))
+    if most is not None and 2 * max(lengths) > most:
+        raise ValueError(
+            f"an excerpt of {max(lengths)} tokens is read twice, but {type(model).__name__} has positions for {most}; "
+            "give shorter lengths"
+        )
+
+
+def _read(model: PreTrainedModel, excerpts: list[Excerpt], folder: Path, seed: int, progress: bool) -> list[Path]:
+    """The files that the excerpts were read into, now or before."""
+    name = f"{model.config.name_or_path} {model.dtype} {seed} {SAMPLE}"
+    read_before = hashlib.sha256(name.encode())
+    for excerpt in excerpts:
+        read_before.update(excerpt.input_ids.numpy().tobytes())
+    unfinished = folder / "unfinished"
+    unfinished.mkdir(parents=True, exist_ok=True)
+    files = [unfinished / f"{read_before.hexdigest()[:16]}-{number}.safetensors" for number in range(len(excerpts))]
+    total = sum(excerpt.input_ids.shape[1] for excerpt in excerpts)
+    with tqdm(total=total, desc="reading twice", unit=" tokens", disable=not progress) as bar:
+        for number, (file, excerpt) in enumerate(zip(files, excerpts, strict=True)):
+            if not file.exists():
+                read_twice(model, excerpt.input_ids, SAMPLE, seed + number, file)
+            bar.update(excerpt.input_ids.shape[1])
+    return files
+
+
+def _lesson(layer: int, fitting: list[Path], held_out: list[Path], device: torch.device) -> Lesson:
+    """What all files tell of one layer."""
+    parts = [
+        torch.cat(taught(files, f"{what}.{layer}")).float().to(device)
+        for files in (fitting, held_out)
+        for what in ("inputs", "scores")
+    ]
+    return Lesson(*parts)
+
+
+def _profile(layers: list[int], gates: list[Gate], files: list[Path]) -> Profile:
+    """The mean of the profiles of all excerpts."""
+    heads = [len(gate.correlation) for gate in gates]
+    table = torch.stack(taught(files, "table")).double().mean(dim=0)
+    return Profile([part.unsqueeze(0) for part in table.split(heads)])
+
+
+def _write(calibration: Calibration, gates: list[Gate], profile: Profile, model: PreTrainedModel) -> None:
+    """The folder: KVzap's format, the profile, the facts, and a card."""
+    folder, count = calibration.folder, model.config.get_text_config(decoder=True).num_hidden_layers
+    by_layer = dict(zip(calibration.layers, gates, strict=True))
+    # the format has a gate for every layer; those that do not fold have one that says nothing
+    empty = {name: torch.zeros_like(one) for name, one in gates[0].weights.items()}
+    tensors = {
+        f"layers.{layer}.{name}": one.half().cpu().contiguous()
+        for layer in range(count)
+        for name, one in (by_layer[layer].weights if layer in by_layer else empty).items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    last = [one for name, one in gates[0].weights.items() if name.endswith("weight")]
+    config = {
+        "model_type": "kvzap",
+        "architectures": ["KVzapModel"],
+        "input_dim": last[0].shape[1],
+        "output_dim": last[-1].shape[0],
+        "hidden_dim": None if len(last) == 1 else last[0].shape[0],
+        "n_modules": count,
+        "dtype": "float16",
+    }
+    _write_json(folder / "config.json", config)
+    profile.to_json_file(folder / "profile.json", calibration.layers)
+    facts: dict[str, Any] = asdict(calibration) | {"python": platform.python_version()}
+    del facts["folder"]
+    _write_json(folder / "calibration.json", facts)
+    (folder / "README.md").write_text(card(calibration), encoding="utf-8")
+
+
+def card(calibration: Calibration) -> str:
+    """What people are told of a calibration, in Markdown."""
+    errors = calibration.errors
+    lines = [
+        f"# Calibration of {calibration.model}",
+        "",
+        f"Gates ({calibration.kind}) and a profile of {calibration.architecture} for merging_cache, learned from "
+        f"{calibration.tokens:,} tokens of {calibration.text} in excerpts of "
+        f"{', '.join(map(str, calibration.lengths))} tokens, half of them in the chat template. The gates are in "
+        "KVzap's format; they tell the logarithm of the largest attention that a token draws in a second reading.",
+        "",
+        f'    MergingDynamicCache(model=model, calibration="{calibration.folder.name}")',
+        "",
+        "On text that was held out:",
+        "",
+        "| layer | error, linear | error, mlp | correlation |",
+        "|---|---|---|---|",
+    ]
+    rows = zip(calibration.layers, errors["linear"], errors["mlp"], calibration.correlations, strict=True)
+    lines += [f"| {layer} | {linear:.3f} | {mlp:.3f} | {correlation:.3f} |" for layer, linear, mlp, correlation in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+class _Clock:
+    """Seconds by what they went into."""
+
+    def __init__(self) -> None:
+        import time
+
+        self._now, self.seconds = time.perf_counter, {}
+        self._last = self._now()
+
+    def lap(self, name: str) -> None:
+        before, self._last = self._last, self._now()
+        self.seconds[name] = round(self._last - before, 1)
