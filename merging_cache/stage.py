@@ -44,7 +44,7 @@ class Stage:
     """True for a stage that is shown what attends to each token while the model reads the prompt, or a part of it, once
     more; see `observe_again`."""
     again_tokens: int | None = None
-    """How many tokens from the beginning of the prompt are enough then; `None` for all of it."""
+    """How many tokens from the middle of the prompt are enough then; `None` for all of it."""
     chunk_size: int = 2048
     """How many are read at a time."""
 

@@ -1,5 +1,6 @@
 """The shipped model, the questions asked of it, and the README's own code."""
 
+import functools
 import json
 import random
 import re
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+import merging_cache
 from conftest import NEEDLE
 from evaluate_needle import accuracy
 from merging_cache import MergingDynamicCache
@@ -114,6 +116,8 @@ def test_the_readme_code_runs(needle, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: model)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    small = functools.partial(merging_cache.calibrate, text=text.text * 9, lengths=[48], tokens_of_length=48)
+    monkeypatch.setattr(merging_cache, "calibrate", small)
     names = {"context": text.text, "questions": [" " + q.prompt for q in text.questions[:2]], "torch": torch}
     for page, least in (("README.md", 3), ("examples/README.md", 2)):
         blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

@@ -8,14 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 import reference
 from merging_cache import LayerStates, MergingDynamicCache, Reading
 from merging_cache.budgets import ProfileBudget
 from merging_cache.budgets.profile import STEPS, Profile, rounded, table_of
-from merging_cache.layers.profiled import PIECES, WITHIN, spread
-from merging_cache.model import Pass, cache_argument
-from models import WINDOW, assert_same_cache, greedy, left_padded, llama, prompt
+from merging_cache.layers.again import middle_of
+from merging_cache.model import cache_argument
+from models import WINDOW, assert_same_cache, greedy, left_padded, llama, prompt, tiny_model
 
 pytestmark = pytest.mark.core
 PROFILE = {"name": "profile", "probe_tokens": 24}
@@ -101,38 +102,44 @@ def test_heads_keep_their_best(length, num_slots, data):
         assert kept[head].nonzero().squeeze(1).tolist() == reference.top_tokens(scores[0, head].tolist(), count)
 
 
-@given(st.integers(0, 3000), st.sampled_from([4, 24, 128, 130]))
-def test_pieces_lie_evenly_and_begin_in_order(count, part):
-    (index,) = spread(torch.tensor([count]), part).tolist()
-    if count <= part:
-        assert index[:count] == list(range(count))
-        return
-    assert index == sorted(set(index))
-    assert index[0] >= 0
-    assert index[-1] < min(count, WITHIN)
-    cuts = [number for number in range(1, part) if index[number] != index[number - 1] + 1]
-    gaps = [index[cut] - index[cut - 1] - 1 for cut in cuts]
-    assert len(gaps) <= PIECES - 1
-    assert max(gaps) - min(gaps) <= 1
-    assert abs(index[0] - gaps[0] / 2) <= 1
+@given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(1, 30))
+def test_the_middle_and_its_later_half(asked, part):
+    block, told = middle_of(torch.tensor([asked, [not one for one in asked]]), part)
+    for row, mine in enumerate((asked, [not one for one in asked])):
+        places = [place for place, there in enumerate(mine) if there]
+        start = max(0, len(places) - part) // 2
+        middle = places[start : start + part]
+        assert block[row].nonzero().squeeze(1).tolist() == middle
+        assert told[row].nonzero().squeeze(1).tolist() == middle[len(middle) // 2 :]
 
 
 @torch.no_grad()
-def test_no_more_than_the_beginning_is_looked_at(monkeypatch):
-    """What follows it changes nothing, and costs nothing."""
-    for module in ("again", "profiled"):
-        monkeypatch.setattr(f"merging_cache.layers.{module}.WITHIN", 48)
-    announced, announce = [], Pass.announce
-    monkeypatch.setattr(Pass, "announce", lambda *args: announced.append(args[1].shape[2]) or announce(*args))
-    tables = []
-    for length in (48, 90):
-        model = llama()
-        cache = profiled(model, compression_ratio=0.5)
-        model(prompt(90)[:, :length], **cache_argument(cache))
-        tables.append(cache._shared.profiled.profile.tables)
-    assert announced == [48] * 2 + [48 + 24] * 2 + [90] * 2 + [48 + 24] * 2
-    for one, other in zip(*tables, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1 / 24)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_part_sees_a_window_of_a_long_prompt(family, monkeypatch):
+    """From where it stands behind the prompt: as if the other tokens were hidden from it."""
+    monkeypatch.setattr("merging_cache.layers.again.WINDOW", 40)
+    model, ids, seen = tiny_model(family), prompt(120), []
+    model.model.layers[-1].self_attn.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((kwargs["hidden_states"], kwargs["position_embeddings"])), with_kwargs=True
+    )
+    cache = profiled(model, compression_ratio=0.5)
+    model(ids, **cache_argument(cache))
+    middle = list(range(48, 72))
+    kept = [place for place in range(120) if place < 4 or abs(place - 59) <= 20]
+    # the same by hand: a mask that hides the others
+    expected = DynamicCache(config=model.config)
+    model(ids, **cache_argument(expected))
+    mask = torch.zeros(1, 120, dtype=torch.long)
+    mask[0, kept if family == "llama" else slice(None)] = 1  # sliding windows hold what is newest
+    model(
+        ids[:, middle],
+        attention_mask=torch.cat([mask, torch.ones(1, 24, dtype=torch.long)], dim=1),
+        position_ids=torch.arange(120, 144)[None],
+        **cache_argument(expected),
+    )
+    (_, mine, _, theirs) = seen
+    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(*pair) for pair in zip(mine[1], theirs[1], strict=True))
 
 
 @torch.no_grad()

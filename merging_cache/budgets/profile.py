@@ -32,7 +32,7 @@ class ProfileBudget(Budget):
 
     Args:
         weights: the folder of a calibration (`calibrate`), whose profile is taken; then nothing is read again.
-        probe_tokens: how many tokens, in four pieces of the first 1,024 of the prompt, are read again.
+        probe_tokens: how many tokens, from the middle of the prompt, are read again; the later half of them tells.
     """
 
     ragged = True
@@ -64,6 +64,11 @@ class ProfileBudget(Budget):
     @property
     def again_tokens(self) -> int:
         return self.probe_tokens
+
+    @property
+    def telling_tokens(self) -> int:
+        """How many tokens have to be known of before the rest of the model's life goes by them."""
+        return self.probe_tokens - self.probe_tokens // 2
 
     def observe_again(self, states: LayerStates) -> Statistics:
         return Statistics(tokens=drawn_again(states))

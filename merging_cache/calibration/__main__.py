@@ -43,9 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--lengths",
         nargs="+",
         type=int,
-        default=list(LENGTHS),
         metavar="TOKENS",
-        help="of excerpts; default: %(default)s",
+        help=f"of excerpts; default: {' '.join(map(str, LENGTHS))}, as far as the model has positions",
     )
     add("--tokens", type=int, default=8192, help="that are read of each length; default: %(default)s")
     add("--hidden-dim", type=int, help="of the MLPs; default: a 24th of the model's hidden size")

@@ -70,7 +70,7 @@ def calibrate(
     folder: str | Path,
     text: str | None = None,
     *,
-    lengths: Sequence[int] = LENGTHS,
+    lengths: Sequence[int] | None = None,
     tokens_of_length: int = 8192,
     hidden_dim: int | None = None,
     seed: int = 0,
@@ -93,7 +93,7 @@ def calibrate(
             `calibration.json`, and a card for people to read.
         text: what to read; by default the half of Python's language reference that the evaluation's haystack is not
             made of. A text like what the model will read is better.
-        lengths: of the excerpts, in tokens.
+        lengths: of the excerpts, in tokens; by default 512, 1,024, 2,048 and 4,096, as far as the model has positions.
         tokens_of_length: tokens that are read of each length.
         hidden_dim: of the MLPs, a 24th of the model's by default.
         seed: of what is drawn.
@@ -109,6 +109,9 @@ def calibrate(
         >>> print(calibrate(model, tokenizer, "smollm2-calibration"))  # doctest: +SKIP
         >>> cache = MergingDynamicCache(model=model, calibration="smollm2-calibration")  # doctest: +SKIP
     """
+    most = most_positions(model.config.get_text_config(decoder=True))
+    if lengths is None:
+        lengths = [one for one in LENGTHS if most is None or 2 * one <= most] or [most // 2]
     folder, lengths = Path(folder), tuple(sorted(lengths))
     _check(model, lengths, tokens_of_length, hidden_dim)
     name, given = DEFAULT_TEXT if text is None else "given", fitting_text() if text is None else text

@@ -18,8 +18,8 @@ from ..model import Pass, cache_argument, most_positions
 from .folding import FoldingLayer
 from .hybrid import HybridLayer, LinearAttentionLayer, linear_attention_state
 from .padding import Padding
-from .profiled import WITHIN, spread
 
+SINKS, WINDOW = 4, 1024  # what a part of a prompt sees when it is read again: these first tokens, and those around it
 SHOWN_FROM = 4096  # tokens from which it takes long enough for a progress bar
 
 
@@ -28,34 +28,34 @@ class AgainLayer(DynamicLayer):
 
     Args:
         layer: the other, which is told what the pass attends to.
-        there: `[B, q]` bool, where a row has a token that is read again; `None` where all do.
-        hidden: how many of the last tokens it does not see.
+        told: `[B, q]` bool, the tokens of the pass that tell something; `None` for all.
+        columns: which of the stored tokens it sees; `None` for all.
     """
 
-    def __init__(self, layer: FoldingLayer, there: Tensor | None, hidden: int = 0) -> None:
+    def __init__(self, layer: FoldingLayer, told: Tensor | None, columns: Tensor | None = None) -> None:
         super().__init__()
-        self._layer, self._there, self._hidden = layer, there, hidden
+        self._layer, self._told, self._columns = layer, told, columns
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What it sees of the other, and the keys and values `[B, H, q, D]` of the pass."""
-        stored, seen = self._layer.storage.read(), self._layer.num_stored - self._hidden
+        stored, seen = self._layer.storage.read(), slice(None) if self._columns is None else self._columns
         given = zip(stored, (key_states, value_states), strict=True)
-        keys, values = (torch.cat([old[:, :, :seen], new], dim=2) for old, new in given)
-        self._shown = seen, keys, *stored
+        keys, values = (torch.cat([old[:, :, seen], new], dim=2) for old, new in given)
+        self._shown = keys, self._columns, *stored
         slots = self._layer.fitted_slots()
         Pass(self, self._layer.layer_idx, keys.shape[2], *slots, shows_weights=True).announce(keys)
         return keys, values
 
     def watch(self, key: Tensor, hidden_states: Tensor | None) -> Callable[[Tensor, slice], None]:
         """What the attention of the pass is to be shown to, see `FoldingLayer.watch_again`."""
-        return self._layer.watch_again(key, *self._shown, self._there, hidden_states)
+        return self._layer.watch_again(key, *self._shown, self._told, hidden_states)
 
     def get_seq_length(self) -> int:
-        return self._layer.seen - self._hidden
+        return self._layer.seen if self._columns is None else len(self._columns)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        stored = self._layer.num_stored
-        return stored - self._hidden + query_length, self._layer.seen - stored
+        stored = self._layer.num_stored if self._columns is None else len(self._columns)
+        return stored + query_length, self.get_seq_length() - stored
 
 
 if HybridLayer is not None:
@@ -63,17 +63,17 @@ if HybridLayer is not None:
     class AgainHybridLayer(AgainLayer, HybridLayer):
         """The same beside a linear-attention state, of which it has a copy."""
 
-        def __init__(self, layer: FoldingLayer, there: Tensor | None, hidden: int = 0) -> None:
+        def __init__(self, layer: FoldingLayer, told: Tensor | None, columns: Tensor | None = None) -> None:
             LinearAttentionLayer.__init__(self, number_of_states=layer.number_of_states)
-            AgainLayer.__init__(self, layer, there, hidden)
+            AgainLayer.__init__(self, layer, told, columns)
             vars(self).update(copy.deepcopy(linear_attention_state(layer)))
 
 
-def again(layer: CacheLayerMixin, there: Tensor | None, hidden: int) -> CacheLayerMixin:
+def again(layer: CacheLayerMixin, told: Tensor | None, columns: Tensor | None) -> CacheLayerMixin:
     """What stands for a layer of the cache in a pass that reads again: it sees the same, and changes nothing there."""
     if not isinstance(layer, FoldingLayer):
         return copy.deepcopy(layer)
-    return (AgainHybridLayer if linear_attention_state(layer) else AgainLayer)(layer, there, hidden)
+    return (AgainHybridLayer if linear_attention_state(layer) else AgainLayer)(layer, told, columns)
 
 
 class SecondReading:
@@ -84,7 +84,9 @@ class SecondReading:
 
     Args:
         chunk_size: tokens that are read at a time.
-        part: how many tokens from the beginning are read again, which then see no more than that; `None` for all.
+        part: how many tokens from the middle are read again, of which the later half tells something: the model has to
+            get into the text first. They see the first few tokens and a window around themselves, from where they
+            stand behind the prompt. `None` reads all, which sees all.
     """
 
     def __init__(self, chunk_size: int, part: int | None = None) -> None:
@@ -144,30 +146,27 @@ class SecondReading:
         read = torch.zeros_like(counts) if self._read is None else self._read
         due = torch.tensor([is_due(count) for count in counts.tolist()], device=device)
         asked = real & (number > read.unsqueeze(1)) & due.unsqueeze(1)
+        asked, told = (asked, asked) if self.part is None else middle_of(asked, self.part)
         for layer in folding:
-            layer.is_to_look_again(asked)
-        visible, hidden = real, 0
-        if self.part is not None and all(
-            isinstance(one, FoldingLayer) and not linear_attention_state(one) for one in layers
-        ):
-            visible = real & (number <= read.unsqueeze(1) + WITHIN)
-            hidden = min(seen - 1 - int(visible.any(dim=0).nonzero().max()), folding[0].num_tail)
-            visible, asked = visible[:, : seen - hidden], asked[:, : seen - hidden]
-        most = most_positions(decoder.config)
-        total = int(asked.sum(dim=1).max()) if self.part is None else min(int(asked.sum(dim=1).max()), self.part)
+            layer.is_to_look_again(told)
         takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
+        visible, columns = real, None
+        if self.part is not None and takes_positions and all(keeps_every_token(layer) for layer in layers):
+            center = (number * asked).sum(dim=1) // asked.sum(dim=1).clamp_min(1)
+            visible = real & ((number <= SINKS) | ((number - center.unsqueeze(1)).abs() <= WINDOW // 2))
+            columns = visible.any(dim=0).nonzero().squeeze(1)
+            visible = visible[:, columns]
+        most, total = most_positions(decoder.config), int(asked.sum(dim=1).max())
         with tqdm(total=total, desc="reading again", unit=" tokens", disable=total < SHOWN_FROM) as bar:
-            for index, there in chunks(asked[:, seen - new :], self.chunk_size, self.part):  # columns of what came
-                first = visible.sum(dim=1, keepdim=True)
-                if most is not None:
-                    first = first.clamp_max(most - index.shape[1])
-                inputs = {"inputs_embeds" if embeds else "input_ids": take(given, index)}
+            for index, there in chunks(asked, self.chunk_size):
+                inputs = {"inputs_embeds" if embeds else "input_ids": take(given, (index - (seen - new)).clamp_min(0))}
                 if not (visible.all() and there.all()):
                     inputs["attention_mask"] = torch.cat([visible, there], dim=1).long()
                 if takes_positions:
-                    inputs["position_ids"] = first + torch.arange(index.shape[1], device=device)
-                there = None if there.all() else there
-                cache = Cache(layers=[again(layer, there, hidden) for layer in layers])
+                    first = counts if most is None else counts.clamp_max(most - index.shape[1])
+                    inputs["position_ids"] = first.unsqueeze(1) + torch.arange(index.shape[1], device=device)
+                telling = there & take(told, index)
+                cache = Cache(layers=[again(layer, None if telling.all() else telling, columns) for layer in layers])
                 decoder(**inputs, **cache_argument(cache), use_cache=True)
                 bar.update(index.shape[1])
 
@@ -181,17 +180,25 @@ class SecondReading:
         return finish
 
 
-def chunks(asked: Tensor, size: int, part: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tokens of each row that are asked for, `[B, n]` bool, or a `part` of them, `size` at a time.
+def keeps_every_token(layer: CacheLayerMixin) -> bool:
+    """Whether a layer sees all tokens and has folded none."""
+    return isinstance(layer, FoldingLayer) and not layer.num_slots and not linear_attention_state(layer)
 
-    Yields indices `[B, q]`, and where one is. Each row begins with its own first token, so that it is cut as it would
-    be alone.
+
+def middle_of(asked: Tensor, part: int) -> tuple[Tensor, Tensor]:
+    """Of the tokens of each row that are asked for `[B, L]` bool, `part` from their middle, and of these the later half."""
+    rank, counts = asked.cumsum(dim=1), asked.sum(dim=1, keepdim=True)
+    start, size = (counts - part).clamp_min(0) // 2, counts.clamp_max(part)
+    return asked & (rank > start) & (rank <= start + size), asked & (rank > start + size // 2) & (rank <= start + size)
+
+
+def chunks(asked: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens of each row that are asked for, `[B, L]` bool, `size` at a time: indices `[B, q]`, and where one is.
+
+    Each row begins with its own first token, so that it is cut as it would be alone.
     """
     order = (~asked).to(torch.uint8).sort(dim=1, stable=True).indices
     counts = asked.sum(dim=1, keepdim=True)
-    if part is not None:
-        index = spread(counts.squeeze(1), part).clamp_max(order.shape[1] - 1)
-        order, counts = order.gather(1, index), counts.clamp_max(part)
     for start in range(0, int(counts.max()), size):
         index = order[:, start : min(start + size, int(counts.max()))]
         yield index, torch.arange(start, start + index.shape[1], device=asked.device) < counts

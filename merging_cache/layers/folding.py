@@ -20,7 +20,6 @@ from ..storage import store
 from .guards import Guards
 from .joint import JointFold, Scored
 from .observed import Observed, by_stored_head
-from .profiled import spread
 from .shared import Shared
 from .stored import StoredLayer
 
@@ -62,7 +61,7 @@ class FoldingLayer(StoredLayer):
         super()._clear()
         self.fold_is_due = False
         self.scored: Scored | None = None
-        self._asked_again: Tensor | None = None  # [B, seen] bool, the tokens that are read again before its fold
+        self._asked_again: Tensor | None = None  # [B, seen] bool, the tokens that tell something when read again
         self._last_pass: tuple[int, Observed] | None = None  # its length and what was observed before, to undo it
         self._observed = Observed()
 
@@ -86,14 +85,14 @@ class FoldingLayer(StoredLayer):
         check_finite(self._states(*self.storage.read()))
 
     def is_to_look_again(self, asked: Tensor) -> None:
-        """Before tokens are read again, `[B, seen]` bool: which ones."""
+        """Before tokens are read again, `[B, seen]` bool: those that are to tell something."""
         self._asked_again = asked.to(self.device)
 
     def watch_again(
         self,
         key: Tensor,
-        seen: int,
         given: Tensor,
+        columns: Tensor | None,
         keys: Tensor,
         values: Tensor,
         there: Tensor | None,
@@ -103,8 +102,9 @@ class FoldingLayer(StoredLayer):
 
         Args:
             key: what the attention is given.
-            seen: n, how many of the stored tokens they see, from the first.
-            given: `[B, H, n + q, D]`, the keys of these, and those of the q tokens that are read again.
+            given: `[B, H, n + q, D]`, the keys that it was given for that: of the stored tokens that are seen, and of
+                the q tokens that are read again.
+            columns: `[n]`, which of the stored tokens are seen; `None` for all.
             keys, values: `[B, H, L, D]`, those stored.
             there: `[B, q]` bool, where a row has such a token; `None` where all do.
             hidden_states: `[B, q, hidden]`, the attention's input, where someone asked for it.
@@ -113,21 +113,25 @@ class FoldingLayer(StoredLayer):
             what is to be called with attention weights `[B, Hq, m, n + q]` and which m of the q tokens they are of.
         """
         self.guards.check_hidden_states(hidden_states)
-        fold, states = self._shared.fold, self._states(keys, values).first(seen)
+        fold, states = self._shared.fold, self._states(keys, values)
+        states = states if columns is None else states.at(columns)
         norms = None if hidden_states is None else torch.linalg.vector_norm(hidden_states.float(), dim=-1)
 
         def watch(weights: Tensor, part: slice) -> None:
             nonlocal states
             by_head = by_stored_head(weights.detach(), key, given)
             self.guards.check_comparable(by_head, key, given)
-            by_head = by_head[..., :seen].unflatten(1, (keys.shape[1], -1))
+            by_head = by_head[..., : states.num_tokens].unflatten(1, (keys.shape[1], -1))
             if there is not None:
                 by_head = by_head * there[:, None, None, part, None]
             again = Again(by_head, None if norms is None else norms[:, part])
             with self._in_full_precision():
                 drawn = fold.observe_again(replace(states, again=again))
-            self._observed.remembered = {**states.remembered, **drawn}
-            states = replace(states, remembered=self._observed.remembered)
+            states = replace(states, remembered={**states.remembered, **drawn})
+            self._observed.remembered = {
+                name: one if columns is None else one.placed(columns, self.num_stored)
+                for name, one in states.remembered.items()
+            }
 
         return watch
 
@@ -226,16 +230,11 @@ class FoldingLayer(StoredLayer):
     def probed(self) -> list[Tensor]:
         """By row `[H, n]`, what its tokens that were read again drew of their own attention then; it is not kept."""
         nothing = Statistics(torch.zeros(self.positions.shape, device=self.device))
-        scores = self._observed.remembered.pop("budget", nothing).resized(self.num_stored).tokens
-        # of rows that are read again no head has lost a token that was not
+        scores = self._observed.remembered.pop("budget", nothing).tokens
+        # where a token is read again no head has lost it
         positions = self.positions[:, 0]
         asked = self._asked_again.gather(1, positions.clamp_min(0)) & (positions >= 0)
-        rows = [of_row[:, there] for of_row, there in zip(scores, asked, strict=True)]
-        part = self._shared.again.part
-        if part is None:
-            return rows
-        count = torch.tensor([row.shape[1] for row in rows], device=self.device)
-        return [row[:, index[: row.shape[1]]] for row, index in zip(rows, spread(count, part), strict=True)]
+        return [of_row[:, there] for of_row, there in zip(scores, asked, strict=True)]
 
     @property
     def _head_shares(self) -> HeadShares | None:

@@ -9,9 +9,6 @@ from torch import Tensor
 
 from ..budgets.profile import Profile, ProfileBudget, table_of
 
-PIECES = 4  # in which a part of a prompt is read again
-WITHIN = 1024  # the first tokens, from which that part is taken, and which are all that it sees
-
 
 class Probed(Protocol):
     """What a layer has to be able to tell."""
@@ -51,7 +48,7 @@ class Profiled:
     def forget(self) -> None:
         """The cache is empty, or holds another batch; what is remembered of the model stays."""
         self._own: Profile | None = None
-        self._read: Tensor | None = None  # [B or 1], tokens that were read again so far, while those of a row are few
+        self._read: Tensor | None = None  # [B or 1], tokens that have told something, while those of a row are few
 
     @property
     def profile(self) -> Profile | None:
@@ -76,10 +73,10 @@ class Profiled:
         if self._own is None:
             self._own, self._read = found, new
         else:
-            few = (self._read < self.budget.probe_tokens) & (new > 0)
+            few = (self._read < self.budget.telling_tokens) & (new > 0)
             self._own = self._own.mixed(found, (few * new / (self._read + new)).nan_to_num(nan=0.0))
             self._read = self._read + few * new
-        if (self._read >= self.budget.probe_tokens).all():
+        if (self._read >= self.budget.telling_tokens).all():
             self._read = None
             self._memory.setdefault(repr(self.budget), self._own.mean)
 
@@ -113,13 +110,3 @@ def _thawed(budget: ProfileBudget, memory: dict[str, Any], own: Profile | None, 
     profiled = Profiled(budget, memory)
     profiled._own, profiled._read = own, read
     return profiled
-
-
-def spread(counts: Tensor, part: int) -> Tensor:
-    """`[B, part]`, the places of `part` tokens among `counts` `[B]` of them, or all: `PIECES` even pieces of the first.
-
-    Several pieces tell twice as much of a model as one of the same length does.
-    """
-    place = torch.arange(part, device=counts.device)
-    gaps = (counts.clamp_max(WITHIN) - part).clamp_min(0).unsqueeze(-1)
-    return place + gaps * (2 * (place * PIECES // part) + 1) // (2 * PIECES)

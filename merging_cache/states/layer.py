@@ -42,6 +42,13 @@ class Statistics:
         new = kept.new_zeros((*kept.shape[:2], length - kept.shape[2], *kept.shape[3:]))
         return replace(self, tokens=torch.cat([kept, new], dim=2))
 
+    def placed(self, tokens: Tensor, length: int) -> "Statistics":
+        """At these indices of `length` tokens, of which the others have zeros."""
+        if self.tokens is None:
+            return self
+        whole = self.tokens.new_zeros((*self.tokens.shape[:2], length, *self.tokens.shape[3:]))
+        return replace(self, tokens=whole.index_copy_(2, tokens, self.tokens))
+
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
@@ -218,13 +225,13 @@ class LayerStates:
             remembered={name: one.select(rows, tokens) for name, one in self.remembered.items()},
         )
 
-    def first(self, count: int) -> "LayerStates":
-        """Only the first `count` stored tokens; padding is not told of."""
+    def at(self, tokens: Tensor) -> "LayerStates":
+        """Only the stored tokens of these indices; padding is not told of."""
 
         def take(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[:, :, :count]
+            return None if tensor is None else tensor.index_select(2, tokens)
 
-        remembered = {name: one.resized(count) for name, one in self.remembered.items()}
+        remembered = {name: one.select(slice(None), tokens) for name, one in self.remembered.items()}
         return self._of_tokens(take, valid=take(self.valid), remembered=remembered)
 
     def of_heads(self, heads: slice) -> "LayerStates":
