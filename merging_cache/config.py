@@ -38,7 +38,7 @@ class MergingConfig:
             scorer's own where the cache is given the model (`"profile"` for `keydiff`, `"global"` for `kvzip`,
             `"pyramid"` for `pyramidkv`, `"uniform"` for the others), `"uniform"` where it is given its config only or
             the model cannot be linked.
-        merger: what becomes of the evicted: a name of `MERGERS`, a dict or a `Merger`. `"auto"` is `"mass"` where the
+        merger: what becomes of the evicted: a name of `MERGERS`, a dict or a `Merger`. `"auto"` is `"refit"` where the
             cache is given the model, `"drop"` where it is given its config only or the model cannot be linked.
         calibration: the folder of a calibration of the model (`calibrate`): short for its gates as the scorer
             (`{"name": "kvzap", "weights": FOLDER}`) and its profile as the budget (`{"name": "profile", "weights":

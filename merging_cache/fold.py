@@ -32,7 +32,8 @@ class Fold:
         budget: chooses the survivors.
         merger: decides what becomes of the evicted.
         sink_tokens, recent_tokens: how many first and last tokens of each row always keep their slot and take nothing
-            in. Where `num_slots` is smaller than both together, sinks go first, then the most recent.
+            in. Where `num_slots` is smaller than both together, sinks go first, then the most recent; some scorers let
+            recent tokens have no more than a part of the slots by themselves (`Scorer.recent_share`).
     """
 
     scorer: Scorer
@@ -273,7 +274,7 @@ class Fold:
     def _protect(self, scores: Tensor, states: LayerStates, num_slots: int) -> Tensor:
         """Infinite scores for sinks and recent tokens, clipped to `num_slots`."""
         sinks = min(self.sink_tokens, num_slots)
-        recent = min(self.recent_tokens, num_slots - sinks)
+        recent = min(self.recent_tokens, num_slots - sinks, int(num_slots * self.scorer.recent_share))
         if states.valid is None:
             index = torch.arange(scores.shape[2], device=scores.device)
             return scores.masked_fill((index < sinks) | (index >= len(index) - recent), torch.inf)

@@ -220,7 +220,12 @@ def summarize_stage(stage: Stage, table: dict[str, type]) -> str:
     described = describe_stage(stage, table)
     if not isinstance(described, dict):
         return stage.stage_name
-    defaults = {field.name: describe_stage(field.default, table) for field in dataclasses.fields(stage)}
+    defaults = {
+        field.name: describe_stage(
+            field.default if field.default_factory is dataclasses.MISSING else field.default_factory(), table
+        )
+        for field in dataclasses.fields(stage)
+    }
     options = {name: value for name, value in described.items() if name != "name" and value != defaults[name]}
     return described["name"] + (
         f"({', '.join(f'{name}={value!r}' for name, value in options.items())})" * bool(options)

@@ -26,11 +26,12 @@ def test_defaults():
         "sink_tokens": 4,
         "recent_tokens": 32,
         "fold_at": "prefill",
+        "calibration": None,
     }
     assert config.build(linked=True).budget == ProfileBudget()
     assert config.build(linked=True, rereadable=False).budget == AdaKVBudget()
     assert config.build().budget == UniformBudget()
-    assert config.build(linked=True).merger == MassMerger(lookup_share=0.002)
+    assert config.build(linked=True).merger == RefitMerger()
     assert config.build(linked=True).scorer is config.build().scorer
     assert config.build().merger == DropMerger()
 

@@ -96,7 +96,7 @@ def test_it_says_which_merger_ran():
     """`"auto"` is `mass` with the model and `drop` without, or where the model cannot be linked."""
     model, ids = llama(), prompt(64)
     caches = {
-        "mass(lookup_share=0.002)": MergingDynamicCache(model=model, **WINDOW),
+        "refit": MergingDynamicCache(model=model, **WINDOW),
         "drop": MergingDynamicCache(config=model.config, **WINDOW),
         "count(routing='distance')": MergingDynamicCache(
             model=model, merger={"name": "count", "routing": "distance"}, **WINDOW

@@ -20,11 +20,12 @@ from ..model import most_positions
 from ..stage import check_number
 from .excerpts import Excerpt, excerpts_of
 from .gates import Gate, Lesson, fit_linear, fit_mlp
+from .records import strewn
 from .teacher import layers_in, read_twice, taught
 
 LENGTHS = (512, 1024, 2048, 4096)
 SAMPLE = 512  # tokens of each excerpt that a gate learns from
-DEFAULT_TEXT = "the half of Python's language reference that evaluations do not use"
+DEFAULT_TEXT = "the half of Python's language reference that evaluations do not use, strewn with made-up records"
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def calibrate(
         folder: where to write: weights in KVzap's format (`config.json`, `model.safetensors`), `profile.json`,
             `calibration.json`, and a card for people to read.
         text: what to read; by default the half of Python's language reference that the evaluation's haystack is not
-            made of. A text like what the model will read is better.
+            made of, strewn with made-up records. A text like what the model will read is better.
         lengths: of the excerpts, in tokens; by default 512, 1,024, 2,048 and 4,096, as far as the model has positions.
         tokens_of_length: tokens that are read of each length.
         hidden_dim: of the MLPs, a 24th of the model's by default.
@@ -114,7 +115,7 @@ def calibrate(
         lengths = [one for one in LENGTHS if most is None or 2 * one <= most] or [most // 2]
     folder, lengths = Path(folder), tuple(sorted(lengths))
     _check(model, lengths, tokens_of_length, hidden_dim)
-    name, given = DEFAULT_TEXT if text is None else "given", fitting_text() if text is None else text
+    name, given = (DEFAULT_TEXT, strewn(fitting_text(), seed)) if text is None else ("a text of one's own", text)
     excerpts = excerpts_of(given, tokenizer, lengths, tokens_of_length, seed)
     clock = _Clock()
     files = _read(model, excerpts, folder, seed, progress)

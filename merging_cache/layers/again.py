@@ -186,7 +186,7 @@ def keeps_every_token(layer: CacheLayerMixin) -> bool:
 
 
 def middle_of(asked: Tensor, part: int) -> tuple[Tensor, Tensor]:
-    """Of the tokens of each row that are asked for `[B, L]` bool, `part` from their middle, and of these the later half."""
+    """`part` tokens from the middle of those that are asked for in each row, `[B, L]` bool, and their later half."""
     rank, counts = asked.cumsum(dim=1), asked.sum(dim=1, keepdim=True)
     start, size = (counts - part).clamp_min(0) // 2, counts.clamp_max(part)
     return asked & (rank > start) & (rank <= start + size), asked & (rank > start + size // 2) & (rank <= start + size)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from ..states import LayerStates, Slots, Survivors
 from .base import Merger
 from .drop import DropMerger
-from .mass import MassMerger
+from .refit import RefitMerger
 
 
 @dataclass
 class AutoMerger(Merger):
-    """`mass` with a `lookup_share` of 0.002 where the cache has the model, `drop` where it has the config only.
+    """`refit` where the cache has the model, `drop` where it has the config only.
 
     Chosen by what was measured on real weights (`examples/README.md`): without the model, or where it cannot be linked,
     there are no queries to see and no mass can be added, and what can be merged then answers worse than what is left
@@ -18,7 +18,7 @@ class AutoMerger(Merger):
     """
 
     def resolve(self, linked: bool) -> Merger:
-        return MassMerger(lookup_share=0.002) if linked else DropMerger()
+        return RefitMerger() if linked else DropMerger()
 
     def merge(self, states: LayerStates, survivors: Survivors) -> Slots:
         return self.resolve(linked=False).merge(states, survivors)

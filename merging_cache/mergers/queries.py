@@ -50,7 +50,8 @@ class StratifiedQueries(QuerySource):
     rotary embedding is taken off, and they are put at the positions after the last token, so that they see all of it.
     Where the rotary embedding cannot be made out, the last `count` queries are taken as they are.
 
-    Memory: `2 * count` queries of every query head until the fold. None are kept after it, so that a cache is no larger
+    Memory: `2 * count` queries of every query head until the fold; more of them gained nothing on real weights and take
+    longer. None are kept after it, so that a cache is no larger
     than its slots: a later fold is judged by the queries that came since, and a prompt that is folded in many chunks by
     those of each chunk.
 
@@ -61,7 +62,7 @@ class StratifiedQueries(QuerySource):
     uses_rotary = True
     query_window = 0
 
-    count: int = option(64, minimum=1)
+    count: int = option(32, minimum=1)
 
     def observe(self, states: LayerStates, new: int) -> Statistics:
         observed = _KeptQueries.after(states, new)

@@ -35,6 +35,10 @@ class Scorer(Stage, ABC):
     default_budget: str = "uniform"
     """The budget that goes with this scorer, by name: what `budget="auto"` is where the cache has the model."""
 
+    recent_share: float = 1.0
+    """How much of the slots recent tokens take at most whatever their scores: less for scores that know as much of the
+    last tokens as of others."""
+
     @abstractmethod
     def score(self, states: LayerStates) -> Tensor:
         """The importance of every token, `[B, H, L]`, higher is kept; ties go to the later token."""

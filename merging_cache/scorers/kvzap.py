@@ -20,6 +20,8 @@ class KVzapScorer(HiddenStateScorer):
             the linear kind, `layers.{i}.0.*` and `layers.{i}.2.*` for the MLP.
     """
 
+    recent_share = 1 / 16  # as in the scores that it has learned
+
     def prefix(self, layer_idx: int) -> str:
         return f"layers.{layer_idx}."
 

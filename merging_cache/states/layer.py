@@ -297,7 +297,8 @@ class LayerStates:
             parts = [slice(None)] if alike else [slice(head, head + 1) for head in range(valid.shape[1])]
             for heads in parts:
                 tokens = valid[row, heads].nonzero()[:, 1].view(len(valid[row, heads]), -1)
-                yield here, heads, tokens, (whole if alike else whole.of_heads(heads))._stored(tokens)
+                part = whole if alike else whole.of_heads(heads)
+                yield here, heads, tokens, part if self.valid is None else part._stored(tokens)
 
     def _row(self, row: int) -> "LayerStates":
         """One row of the batch, as a batch of one."""
