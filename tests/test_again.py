@@ -1,14 +1,19 @@
 """Scorers that have the model read the prompt again: against attention weights of an ordinary second pass."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, DynamicCache
 
-from merging_cache import MergingDynamicCache, MergingQuantizedCache, Reading
-from merging_cache.budgets import AdaKVBudget
+from merging_cache import LayerStates, MergingDynamicCache, MergingQuantizedCache, Reading
+from merging_cache.budgets import AdaKVBudget, UniformBudget
+from merging_cache.fold import Fold
 from merging_cache.layers import MergingHybridLayer, again
+from merging_cache.mergers import DropMerger
 from merging_cache.model import cache_argument
 from merging_cache.scorers import KVzipScorer
+from merging_cache.states import Statistics
 from models import WINDOW, assert_same_cache, greedy, left_padded, llama, prompt, tiny_model
 
 pytestmark = pytest.mark.core
@@ -180,3 +185,17 @@ def test_long_prompts_show_a_progress_bar(monkeypatch, capsys):
     model = llama()
     model(prompt(40), **cache_argument(kvzip(model, compression_ratio=0.5)))
     assert "reading again: 100%" in capsys.readouterr().err
+
+
+def test_recent_tokens_have_no_more_than_a_part_of_the_slots_unasked():
+    """A sixteenth: the last tokens were read again like all others, so their scores say what they are worth."""
+    scores = torch.rand(1, 2, 100)
+    scores[:, :, 68:] = 0
+    states = LayerStates(torch.randn(1, 2, 100, 8), torch.randn(1, 2, 100, 8))
+    states = replace(states, remembered={"scorer": Statistics(tokens=scores)})
+    for slots, sinks, recent in ((48, 4, 3), (15, 4, 0), (3, 3, 0)):
+        kept = Fold(KVzipScorer(), UniformBudget(), DropMerger())(states, slots).positions
+        best = scores[0, :, sinks:].topk(slots - sinks - recent).indices + sinks
+        for head in range(2):
+            expected = {*range(sinks), *range(100 - recent, 100), *best[head].tolist()}
+            assert set(kept[0, head].tolist()) == expected

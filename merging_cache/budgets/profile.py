@@ -23,16 +23,18 @@ class ProfileBudget(Budget):
     """Every head keeps the fraction of its tokens that the model looks at; the scorer says which.
 
     How many tokens a head needs is a property of the model, which hardly differs from text to text. It is found once
-    for each model: after the first prompt the cache has the model read some of it again, scores these tokens by the
-    largest attention that they draw then (as in KVzip, arXiv:2505.23416), and one threshold over all layers and heads
-    gives each head its fraction, whatever the ratio. Later caches of the model know it before they read, so their
-    layers fold one by one as they are read, and a row gives what it gives alone. A prompt of fewer than `probe_tokens`
-    speaks for itself, and what comes after it is added until there are as many. All heads together keep what the ratio
-    says, or a slot less in each layer; less, too, where a short first piece of a prompt said something else.
+    for each model: after the first prompt the cache has the model read `probe_tokens` from its middle again, from where
+    it stands behind the prompt. The later half of them, where the model has got into the text, is scored by the largest
+    attention that they draw then (as in KVzip, arXiv:2505.23416), and one threshold over all layers and heads gives
+    each head its fraction, whatever the ratio. Later caches of the model know it before they read, so their layers fold
+    one by one as they are read, and a row gives what it gives alone. A shorter prompt speaks for itself, and what comes
+    after it is added until there are as many tokens. All heads together keep what the ratio says, or a slot less in
+    each layer; less, too, where a short first piece of a prompt said something else.
 
     Args:
         weights: the folder of a calibration (`calibrate`), whose profile is taken; then nothing is read again.
-        probe_tokens: how many tokens, from the middle of the prompt, are read again; the later half of them tells.
+        probe_tokens: how many tokens are read again. They see the first few tokens and a window of 1,024 around
+            themselves, so a long prompt makes them no slower.
     """
 
     ragged = True

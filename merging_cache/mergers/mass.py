@@ -79,7 +79,8 @@ class MassMerger(ReferenceMerger):
         if self.lookup_share:
             # attention sums to 1 for every query that there is
             looked_up = self.lookup_share / length * attention.sum(dim=(2, 3)).unsqueeze(-1)  # [B, H, 1]
-            variance = values.float().var(dim=2, correction=0).sum(dim=-1, keepdim=True).clamp_min(tiny)  # [B, H, 1]
+            apart = values.float() - values.float().mean(dim=2, keepdim=True)
+            variance = (apart.square().sum(dim=(2, 3)) / length).unsqueeze(-1).clamp_min(tiny)  # [B, H, 1]
         step = max(1, TILE // (batch * heads * max(asked, values.shape[3])))
         for first in range(0, ratio.shape[2], step):
             mine, theirs = (one[:, :, first : first + step] for one in (routing.evicted, index))

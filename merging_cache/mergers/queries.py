@@ -88,7 +88,9 @@ class StratifiedQueries(QuerySource):
             ahead = ahead + torch.arange(queries.shape[2], device=queries.device)
             queries = states.rotary.rotated(states.rotary.unrotated(queries, positions), ahead)
             positions = ahead
-        return ReferenceQueries(queries, positions.masked_fill(observed.order == 0, -1))
+        known = observed.order > 0
+        see_all = states.rotary is not None and bool(known.all())
+        return ReferenceQueries(queries, positions.masked_fill(~known, -1), see_all)
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,8 @@ def attention_logits(
     logits = queries @ keys.float().mT
     if bias is not None:
         logits += bias.float().unsqueeze(2)
+    if reference.see_all:
+        return logits
     asked = reference.positions.repeat(1, groups)  # the group's heads one after another, as in `queries`
     return logits.masked_fill_(positions.unsqueeze(2) > asked[:, None, :, None], -torch.inf)
 

@@ -109,7 +109,8 @@ def full_logits(states: LayerStates) -> Tensor:
 
 def full_attention(states: LayerStates) -> Tensor:
     """`[B, H, R, L]` in fp32, the attention of the R reference queries of each head's group to all tokens."""
-    return softmax_of_seen(full_logits(states))
+    known = states.reference.attention
+    return softmax_of_seen(full_logits(states)) if known is None else known
 
 
 def full_output(states: LayerStates) -> Tensor:

@@ -10,7 +10,7 @@ from ..linalg import solve_positive_definite
 from ..stage import Spec, option
 from ..states import LayerStates, Slots, Survivors
 from .base import Merger
-from .reference import ReferenceMerger, full_output, slot_attention
+from .reference import ReferenceMerger, full_attention, full_output, slot_attention
 
 
 @dataclass
@@ -55,6 +55,8 @@ class RefitMerger(ReferenceMerger):
         return self.inner.has_mass
 
     def merge_heads(self, states: LayerStates, survivors: Survivors) -> Slots:
+        # once for both mergers
+        states = replace(states, reference=replace(states.reference, attention=full_attention(states)))
         slots = self.inner.merge(states, survivors)
         if slots.log_mass is not None:  # as attention will see it
             slots = replace(slots, log_mass=slots.log_mass.to(states.keys.dtype).float())

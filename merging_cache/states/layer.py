@@ -67,14 +67,23 @@ class ReferenceQueries:
     Args:
         queries: `[B, Hq, n, D]`, after RoPE.
         positions: `[B, n]`, where they are in the row; they see the tokens up to there.
+        see_all: whether that is every token there is.
+        attention: `[B, H, G * n, L]`, what they attend to before the fold, where it was computed.
     """
 
     queries: Tensor
     positions: Tensor
+    see_all: bool = False
+    attention: Tensor | None = None
 
     def pick(self, index: Tensor) -> "ReferenceQueries":
         """Only those of these indices."""
-        return ReferenceQueries(self.queries[:, :, index], self.positions[:, index])
+        return ReferenceQueries(self.queries[:, :, index], self.positions[:, index], self.see_all)
+
+    def of_heads(self, heads: slice, num_heads: int) -> "ReferenceQueries":
+        """Of those that read these of the `num_heads` KV heads."""
+        attention = None if self.attention is None else self.attention[:, heads]
+        return replace(self, queries=readers_of(self.queries, heads, num_heads), attention=attention)
 
 
 @dataclass(frozen=True)
@@ -240,7 +249,7 @@ class LayerStates:
         every = torch.arange(count, device=self.keys.device) if self.heads is None else self.heads
         reference = self.reference
         if reference is not None:
-            reference = replace(reference, queries=readers_of(reference.queries, heads, count))
+            reference = reference.of_heads(heads, count)
         return self._of_tokens(
             lambda tensor: tensor[:, heads],
             valid=None if self.valid is None else self.valid[:, heads],
