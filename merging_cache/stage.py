@@ -105,24 +105,35 @@ class Stage:
         return sees or self.needs_rotary or self.needs_module
 
 
-def check_calibrated_for(folder: str, config: Any) -> None:
-    """Refuse the folder of a calibration that was made for another model, by its name; a folder without a word may go.
+def check_calibrated_for(folder: str, config: Any, layers: Sequence[int]) -> None:
+    """Refuse the folder of a calibration that was made for another model; one that says nothing of that may go.
+
+    Args:
+        folder: the folder.
+        config: that of the part of the model that generates text.
+        layers: the indices of those that fold.
 
     Raises:
-        ValueError: if it was.
+        ValueError: if it was made for a model of another name, width or other layers.
     """
     path = Path(folder) / "calibration.json"
-    name = Path(getattr(config, "name_or_path", None) or "unnamed").name
     if not path.is_file():
         return
     try:
-        made_for = json.loads(path.read_text(encoding="utf-8"))["model"]
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        made_for, shape = facts["model"], (facts["hidden_size"], facts["layers"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} could not be read as that of a calibration: {error}") from error
+    name = Path(getattr(config, "name_or_path", None) or "unnamed").name
     if made_for != name:
         raise ValueError(
             f"{folder} was calibrated for {made_for}, but this model is {name}. Calibrate this one, or, if it is the "
             f'same under another name, write that as "model" into {path}'
+        )
+    if shape != (config.hidden_size, list(layers)):
+        raise ValueError(
+            f"{folder} was calibrated for a {made_for} of width {shape[0]} of which layers {shape[1]} fold, but the "
+            f"width of this one is {config.hidden_size}, and layers {list(layers)} fold. Calibrate this one"
         )
 
 

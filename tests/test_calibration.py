@@ -18,7 +18,7 @@ from merging_cache.calibration.teacher import LEAST, read_twice, taught
 from merging_cache.evaluation.haystack import fitting_text, reference_prose
 from merging_cache.model import cache_argument
 from merging_cache.scorers import KVzapScorer, KVzipScorer
-from models import greedy
+from models import greedy, tiny_config, tiny_model
 from needle_tasks import make_context
 
 pytestmark = pytest.mark.core
@@ -271,6 +271,13 @@ def test_a_folder_of_another_model_is_refused(needle, calibrated, tmp_path):
     for options in ({"calibration": other}, {"budget": {"name": "profile", "weights": other}}):
         with pytest.raises(ValueError, match="calibrated for someone-else, but this model is needle"):
             MergingDynamicCache(model=model, **options)
+    for changed in ({"hidden_size": 3}, {"layers": [0]}):
+        (other / "calibration.json").write_text(json.dumps(facts | changed))
+        with pytest.raises(ValueError, match="was calibrated for a needle of width"):
+            MergingDynamicCache(model=model, calibration=other)
+    (other / "calibration.json").write_text("{}")
+    with pytest.raises(ValueError, match="could not be read as that of a calibration"):
+        MergingDynamicCache(model=model, calibration=other)
     (other / "calibration.json").unlink()
     profile = json.loads((other / "profile.json").read_text())
     profile["layers"].popitem()
@@ -296,6 +303,11 @@ def test_what_cannot_be_calibrated_is_refused(needle, text, tmp_path):
         calibrate(model, tokenizer, tmp_path, text, lengths=(2,))
     with pytest.raises(ValueError, match="lengths is empty"):
         calibrate(model, tokenizer, tmp_path, text, lengths=())
+    config = tiny_config("mistral")  # all of whose layers have windows
+    config.vocab_size = len(tokenizer)
+    sliding = type(tiny_model("mistral"))(config)
+    with pytest.warns(UserWarning, match="nothing will be folded"), pytest.raises(ValueError, match="nothing to calib"):
+        calibrate(sliding, tokenizer, tmp_path, text, lengths=(48,), progress=False)
 
 
 def test_the_command(text, tmp_path, capsys):

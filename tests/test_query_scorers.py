@@ -668,7 +668,7 @@ def test_observed_tokens_cannot_be_cropped(scorer):
     cache = MergingDynamicCache(model=model, scorer=scorer, fold_at="decode", **WINDOW)
     model(prompt(60), **cache_argument(cache))
     assert not cache.is_croppable
-    with pytest.raises(ValueError, match=r"cannot crop 20 tokens from layer 0: \w+Scorer and MassMerger observed"):
+    with pytest.raises(ValueError, match=r"cannot crop 20 tokens from layer 0: \w+Scorer and RefitMerger observed"):
         cache.crop(-20)
     assert cache.get_seq_length() == 60
 

@@ -52,7 +52,7 @@ class ProfileBudget(Budget):
 
     def check_model(self, config: Any, layers: Sequence[int]) -> None:
         if self.weights:
-            check_calibrated_for(self.weights, config)
+            check_calibrated_for(self.weights, config, layers)
             self.calibrated(layers)
 
     def calibrated(self, layers: Sequence[int]) -> "Profile":

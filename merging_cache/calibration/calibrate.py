@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ class Calibration:
         model, architecture: the name of the model and its class.
         text, lengths, tokens: what was read.
         kind: `"linear"` or `"mlp"`, whichever was better on text that was held out.
+        hidden_size: its width.
         layers: the indices of the layers that fold.
         errors: mean squared error of the logarithms of the scores on held-out text, by kind and layer.
         correlations: of what the gate says with what was drawn, by layer, the mean of its heads.
@@ -51,6 +53,7 @@ class Calibration:
     lengths: tuple[int, ...]
     tokens: int
     kind: str
+    hidden_size: int
     layers: tuple[int, ...]
     errors: dict[str, list[float]]
     correlations: list[float]
@@ -117,9 +120,9 @@ def calibrate(
     _check(model, lengths, tokens_of_length, hidden_dim)
     name, given = (DEFAULT_TEXT, strewn(fitting_text(), seed)) if text is None else ("a text of one's own", text)
     excerpts = excerpts_of(given, tokenizer, lengths, tokens_of_length, seed)
-    clock = _Clock()
+    start = time.perf_counter()
     files = _read(model, excerpts, folder, seed, progress)
-    clock.lap("reading")
+    read = time.perf_counter()
     layers = layers_in(files[0])
     held_out = [file for file, excerpt in zip(files, excerpts, strict=True) if excerpt.is_held_out]
     fitting = [file for file in files if file not in held_out]
@@ -129,7 +132,7 @@ def calibrate(
         lesson = _lesson(layer, fitting, held_out, model.device)
         gates["linear"].append(fit_linear(lesson))
         gates["mlp"].append(fit_mlp(lesson, width, seed))
-    clock.lap("fitting")
+    fitted = time.perf_counter()
     kind = min(gates, key=lambda one: sum(gate.error for gate in gates[one]))
     calibration = Calibration(
         folder=folder,
@@ -139,10 +142,11 @@ def calibrate(
         lengths=lengths,
         tokens=sum(excerpt.input_ids.shape[1] for excerpt in excerpts),
         kind=kind,
+        hidden_size=model.config.get_text_config(decoder=True).hidden_size,
         layers=tuple(layers),
         errors={one: [gate.error for gate in of_kind] for one, of_kind in gates.items()},
         correlations=[float(gate.correlation.mean()) for gate in gates[kind]],
-        seconds=clock.seconds,
+        seconds={"reading": round(read - start, 1), "fitting": round(fitted - read, 1)},
     )
     _write(calibration, gates[kind], _profile(layers, gates[kind], files), model)
     shutil.rmtree(folder / "unfinished")
@@ -255,17 +259,3 @@ def card(calibration: Calibration) -> str:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-class _Clock:
-    """Seconds by what they went into."""
-
-    def __init__(self) -> None:
-        import time
-
-        self._now, self.seconds = time.perf_counter, {}
-        self._last = self._now()
-
-    def lap(self, name: str) -> None:
-        before, self._last = self._last, self._now()
-        self.seconds[name] = round(self._last - before, 1)

@@ -67,6 +67,8 @@ def read_twice(model: PreTrainedModel, input_ids: Tensor, sample: int, seed: int
             model(input_ids.to(model.device), **cache_argument(cache), logits_to_keep=1)
     finally:
         cache.release()
+    if not scores:
+        raise ValueError(f"no layer of {type(model).__name__} folds, so there is nothing to calibrate")
     tensors["table"] = table_of(torch.cat(scores)).float()
     unfinished = file.with_suffix(".part")
     save_file(tensors, unfinished)

@@ -41,7 +41,7 @@ class HiddenStateScorer(OnceScorer):
         return scorer
 
     def check_model(self, config: Any, layers: Sequence[int]) -> None:
-        check_calibrated_for(self.weights, config)
+        check_calibrated_for(self.weights, config, layers)
 
     @abstractmethod
     def prefix(self, layer_idx: int) -> str:
