@@ -143,6 +143,18 @@ def test_a_part_sees_a_window_of_a_long_prompt(family, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("scorer", ["observed_attention", "snapkv", "non_causal"])
+def test_what_the_scorer_has_seen_is_left_alone(scorer, monkeypatch):
+    """Tokens outside of the window, too: whether a prompt is probed or the profile is known, the same are kept."""
+    monkeypatch.setattr("merging_cache.layers.again.WINDOW", 40)
+    model, ids = llama(), prompt(120)
+    probing, knowing = (profiled(model, scorer=scorer, compression_ratio=0.5) for _ in range(2))
+    for cache in (probing, knowing):
+        model(ids, **cache_argument(cache))
+    assert_same_cache(knowing, probing)
+
+
+@torch.no_grad()
 def test_the_first_prompt_is_probed_and_later_ones_know():
     """One short second reading in all; then layers fold one by one, as they are read."""
     model, read, held = llama(layers=3), [], []

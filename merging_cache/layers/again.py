@@ -38,10 +38,13 @@ class AgainLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """What it sees of the other, and the keys and values `[B, H, q, D]` of the pass."""
-        stored, seen = self._layer.storage.read(), slice(None) if self._columns is None else self._columns
-        given = zip(stored, (key_states, value_states), strict=True)
-        keys, values = (torch.cat([old[:, :, seen], new], dim=2) for old, new in given)
-        self._shown = keys, self._columns, *stored
+        # layers may lie on several devices, or offloaded
+        stored = tuple(one.to(key_states.device) for one in self._layer.storage.read())
+        columns = None if self._columns is None else self._columns.to(key_states.device)
+        seen = stored if columns is None else (one.index_select(2, columns) for one in stored)
+        given = zip(seen, (key_states, value_states), strict=True)
+        keys, values = (torch.cat([old, new], dim=2) for old, new in given)
+        self._shown = keys, columns, *stored
         slots = self._layer.fitted_slots()
         Pass(self, self._layer.layer_idx, keys.shape[2], *slots, shows_weights=True).announce(keys)
         return keys, values

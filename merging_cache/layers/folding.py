@@ -123,15 +123,14 @@ class FoldingLayer(StoredLayer):
             self.guards.check_comparable(by_head, key, given)
             by_head = by_head[..., : states.num_tokens].unflatten(1, (keys.shape[1], -1))
             if there is not None:
-                by_head = by_head * there[:, None, None, part, None]
+                by_head = by_head * there[:, None, None, part, None].to(by_head.device)
             again = Again(by_head, None if norms is None else norms[:, part])
             with self._in_full_precision():
                 drawn = fold.observe_again(replace(states, again=again))
             states = replace(states, remembered={**states.remembered, **drawn})
-            self._observed.remembered = {
-                name: one if columns is None else one.placed(columns, self.num_stored)
-                for name, one in states.remembered.items()
-            }
+            if columns is not None:
+                drawn = {name: one.placed(columns, self.num_stored) for name, one in drawn.items()}
+            self._observed.remembered = {**self._observed.remembered, **drawn}
 
         return watch
 
