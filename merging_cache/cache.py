@@ -240,14 +240,14 @@ class MergingDynamicCache(DynamicCache):
         return self
 
     def before_pass(self, given: Mapping[str, Any]) -> None:
-        """The model is about to read; called by its decoder, where the scorer reads again."""
+        """The model is about to read; called by its decoder, where a stage reads again."""
         if self._shared.is_to_be_read_again:
             new = given["input_ids" if given.get("inputs_embeds") is None else "inputs_embeds"].shape[1]
             if any(layer.folds_before(new) for layer in self.folding_layers):
                 self.fold()
 
     def after_pass(self, given: Mapping[str, Any]) -> None:
-        """The model has read; called by its decoder, where the scorer reads again."""
+        """The model has read; called by its decoder, where a stage reads again."""
         if self._shared.is_to_be_read_again:
             new = self._shared.again.note(given)
             if self.merging.fold_at == "decode" or any(layer.record_past for layer in self.folding_layers):

@@ -16,7 +16,7 @@ from .budgets import BUDGETS, AutoBudget, Budget
 from .fold import Fold
 from .mergers import MERGERS, QUERY_SOURCES, Merger
 from .scorers import SCORERS, Scorer, build_scorer
-from .stage import Spec, build_stage, check_choice, check_number, describe_stage, summarize_stage
+from .stage import FACTS_FILE, Spec, build_stage, check_choice, check_number, describe_stage, summarize_stage
 from .states import LayerStates
 
 DEFAULT_COMPRESSION_RATIO = 0.5
@@ -37,7 +37,7 @@ class MergingConfig:
         budget: how slots are shared among layers and heads: a name of `BUDGETS`, a dict or a `Budget`. `"auto"` is the
             scorer's own where the cache is given the model (`"profile"` for `keydiff`, `"global"` for `kvzip`,
             `"pyramid"` for `pyramidkv`, `"uniform"` for the others), `"uniform"` where it is given its config only or
-            the model cannot be linked.
+            the model cannot be linked; `"adakv"` for what would read the prompt again where a model cannot.
         merger: what becomes of the evicted: a name of `MERGERS`, a dict or a `Merger`. `"auto"` is `"refit"` where the
             cache is given the model, `"drop"` where it is given its config only or the model cannot be linked.
         calibration: the folder of a calibration of the model (`calibrate`): short for its gates as the scorer
@@ -98,8 +98,11 @@ class MergingConfig:
         check_choice("fold_at", self.fold_at, FOLD_AT)
         if self.calibration is not None:
             object.__setattr__(self, "calibration", str(self.calibration))
-            if not Path(self.calibration).is_dir():
-                raise ValueError(f"calibration is {self.calibration!r}, which is no folder; write one with calibrate()")
+            if not (Path(self.calibration) / FACTS_FILE).is_file():
+                raise ValueError(
+                    f"calibration is {self.calibration!r}, which is no folder of a calibration; write one with "
+                    "calibrate()"
+                )
         fold = Fold(
             scorer=build_scorer(self._calibrated("scorer", "kvzap")),
             budget=build_stage("budget", self._calibrated("budget", "profile"), BUDGETS, Budget),
@@ -144,10 +147,10 @@ class MergingConfig:
     @property
     def label(self) -> str:
         """What tables call it, options that are the defaults left out: `"snapkv adakv mass 75%"`."""
-        scorer = build_scorer(self.scorer)
+        is_calibrated = self._calibrated("scorer", "kvzap") is not self.scorer
         budget = build_stage("budget", self.budget, BUDGETS, Budget)
         stages = [
-            summarize_stage(scorer, SCORERS),
+            "calibrated" if is_calibrated else summarize_stage(build_scorer(self.scorer), SCORERS),
             "" if isinstance(budget, AutoBudget) else summarize_stage(budget, BUDGETS),
             summarize_stage(build_stage("merger", self.merger, MERGERS, Merger), MERGERS | QUERY_SOURCES),
         ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .states import LayerStates, Statistics
 
+FACTS_FILE = "calibration.json"  # what is known of a calibration, in its folder
 Kind = TypeVar("Kind", bound="Stage")
 Spec = str | Mapping[str, Any]
 
@@ -116,7 +117,7 @@ def check_calibrated_for(folder: str, config: Any, layers: Sequence[int]) -> Non
     Raises:
         ValueError: if it was made for a model of another name, width or other layers.
     """
-    path = Path(folder) / "calibration.json"
+    path = Path(folder) / FACTS_FILE
     if not path.is_file():
         return
     try:

@@ -207,6 +207,51 @@ def test_a_run_that_was_stopped_goes_on(needle, text, calibrated, tmp_path, monk
     assert (tmp_path / "profile.json").read_text() == (calibrated.folder / "profile.json").read_text()
 
 
+def test_what_another_model_has_read_is_not_taken(needle, text, calibrated, tmp_path, monkeypatch):
+    """Nor is anything else in the folder touched."""
+    import copy
+
+    other = copy.deepcopy(needle[0])
+    with torch.no_grad():
+        other.model.layers[0].self_attn.q_proj.weight.mul_(2)
+    module, read = sys.modules["merging_cache.calibration.calibrate"], []
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "fit_linear", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(other, needle[1], tmp_path, text, **SIZES)
+    left = sorted((tmp_path / "unfinished").iterdir())
+    read_twice = module.read_twice
+    monkeypatch.setattr(module, "read_twice", lambda *args: read.append(args) or read_twice(*args))
+    calibrate(*needle, tmp_path, text, **SIZES)
+    assert len(read) == len(left) == 8
+    assert sorted((tmp_path / "unfinished").iterdir()) == left
+    assert all(torch.equal(one, tensors_in(calibrated.folder)[name]) for name, one in tensors_in(tmp_path).items())
+
+
+def test_an_input_that_never_varies_is_left_out():
+    """It would have weights that no half precision holds."""
+    lesson = lesson_of(lambda inputs: inputs[:, :2] * 3)
+    inputs, held_out = (one.clone() for one in (lesson.inputs, lesson.held_out_inputs))
+    inputs[:, 4], held_out[:, 4] = 0.5, 0.5
+    lesson = Lesson(inputs, lesson.scores, held_out, lesson.held_out_scores)
+    for gate in (fit_linear(lesson), fit_mlp(lesson, 8, seed=0)):
+        first = gate.weights.get("weight", gate.weights.get("0.weight"))
+        assert not first[:, 4].any()
+        assert all(one.half().isfinite().all() for one in gate.weights.values())
+        assert all(torch.equal(one, one.half().float()) for one in gate.weights.values())
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0]['content'] * 2 }}", "{{ messages[0]['content'][0] }}", "{{ 1 / 0 }}"]
+)
+def test_templates_that_cannot_frame_a_text_are_left_out(template, needle, text):
+    import copy
+
+    tokenizer = copy.deepcopy(needle[1])
+    tokenizer.chat_template = template
+    assert not any(one.is_in_chat for one in excerpts_of(text, tokenizer, (48,), 96, seed=1))
+
+
 # What caches make of it -----------------------------------------------------------------------------------------------
 
 
@@ -278,8 +323,12 @@ def test_a_folder_of_another_model_is_refused(needle, calibrated, tmp_path):
     (other / "calibration.json").write_text("{}")
     with pytest.raises(ValueError, match="could not be read as that of a calibration"):
         MergingDynamicCache(model=model, calibration=other)
-    (other / "calibration.json").unlink()
+    (other / "calibration.json").write_text(json.dumps(facts))
     profile = json.loads((other / "profile.json").read_text())
+    fewer = {layer: heads[:1] for layer, heads in profile["layers"].items()}
+    (other / "profile.json").write_text(json.dumps(profile | {"layers": fewer}))
+    with pytest.raises(ValueError, match="is a profile of 1 KV heads to a layer, but this model has"):
+        MergingDynamicCache(model=model, calibration=other)
     profile["layers"].popitem()
     (other / "profile.json").write_text(json.dumps(profile))
     with pytest.raises(ValueError, match="is a profile of layers .* is it another model's"):
@@ -287,7 +336,7 @@ def test_a_folder_of_another_model_is_refused(needle, calibrated, tmp_path):
     (other / "profile.json").write_text("[]")
     with pytest.raises(ValueError, match="could not be read as a profile"):
         MergingDynamicCache(model=model, budget=ProfileBudget(weights=other))
-    with pytest.raises(ValueError, match="which is no folder"):
+    with pytest.raises(ValueError, match="which is no folder of a calibration"):
         MergingConfig(calibration=tmp_path / "missing")
     assert not str(model.config._attn_implementation).startswith("merging_")
 
@@ -303,6 +352,23 @@ def test_what_cannot_be_calibrated_is_refused(needle, text, tmp_path):
         calibrate(model, tokenizer, tmp_path, text, lengths=(2,))
     with pytest.raises(ValueError, match="lengths is empty"):
         calibrate(model, tokenizer, tmp_path, text, lengths=())
+    for wrong, said in (
+        ({"lengths": 48}, "give a list"),
+        ({"text": ["a"]}, "give one string"),
+        ({"seed": "a"}, "seed is 'a'"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            calibrate(model, tokenizer, tmp_path, **{"text": text} | wrong)
+    with pytest.raises(TypeError, match="give the model's tokenizer"):
+        calibrate(model, None, tmp_path, text)
+    with pytest.raises(TypeError, match="give a transformers model"):
+        calibrate("needle", tokenizer, tmp_path, text)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds the config of something else"):
+        calibrate(model, tokenizer, tmp_path, text)
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        calibrate(model, tokenizer, tmp_path / "config.json", text)
+    (tmp_path / "config.json").unlink()
     config = tiny_config("mistral")  # all of whose layers have windows
     config.vocab_size = len(tokenizer)
     sliding = type(tiny_model("mistral"))(config)

@@ -117,7 +117,7 @@ def test_pure_rooms_know_tensors_only(module):
 
 def test_only_some_rooms_know_transformers():
     knowing = {module[0] for module in MODULES if module for name, _ in imports(module) if name[0] == "transformers"}
-    assert knowing == {"model", "layers", "cache", "quantized_cache", "reading", "evaluation"}
+    assert knowing == {"model", "layers", "cache", "quantized_cache", "reading", "evaluation", "calibration"}
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module], ids=".".join)

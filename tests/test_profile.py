@@ -220,6 +220,36 @@ def test_another_model_is_probed_by_itself():
         assert not cache._shared.is_to_be_read_again
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"scorer": "kvzip"}])
+def test_models_may_share_a_config(options):
+    """Each is read again by itself, and remembered by itself."""
+    first = llama()
+    second, ids = type(first)(first.config), prompt(60)
+    caches = [profiled(model, compression_ratio=0.5, **options) for model in (first, second)]
+    for model, cache in zip((second, first), caches[::-1], strict=True):
+        model(ids, **cache_argument(cache))
+    alone = profiled(fresh := llama(), compression_ratio=0.5, **options)
+    fresh(ids, **cache_argument(alone))
+    assert_same_cache(caches[0], alone)
+    tables = [cache._shared.profiled.profile.tables for cache in caches]
+    assert not all(torch.equal(*pair) for pair in zip(*tables, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [0, 20])
+def test_a_pickled_cache_goes_by_what_it_knows(length):
+    """Without the model nothing can be read again: then all heads keep as much, or what its own prompt said."""
+    model = llama()
+    cache = profiled(model, compression_ratio=0.5)
+    if length:
+        model(prompt(length), **cache_argument(cache))
+    thawed = pickle.loads(pickle.dumps(cache))
+    model(prompt(60, seed=3), **cache_argument(thawed))
+    assert thawed.layers[0].num_slots
+    assert thawed.get_seq_length() == length + 60
+
+
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("pieces", [1, 3])
 @pytest.mark.parametrize("again", [{}, {"scorer": "kvzip"}, {"scorer": "kvzip", "budget": "global"}])

@@ -1,7 +1,7 @@
 """Each head its own fraction of the tokens, as the model itself needs them."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ class ProfileBudget(Budget):
     it stands behind the prompt. The later half of them, where the model has got into the text, is scored by the largest
     attention that they draw then (as in KVzip, arXiv:2505.23416), and one threshold over all layers and heads gives
     each head its fraction, whatever the ratio. Later caches of the model know it before they read, so their layers fold
-    one by one as they are read, and a row gives what it gives alone. A shorter prompt speaks for itself, and what comes
-    after it is added until there are as many tokens. All heads together keep what the ratio says, or a slot less in
-    each layer; less, too, where a short first piece of a prompt said something else.
+    one by one as they are read, and with `max_tokens` a row gives what it gives alone. A shorter prompt speaks for
+    itself, and what comes after it is added until there are as many tokens. All heads together keep what the ratio
+    says, or a slot less in each layer; less, too, where a short first piece of a prompt said something else.
 
     Args:
         weights: the folder of a calibration (`calibrate`), whose profile is taken; then nothing is read again.
@@ -53,7 +53,12 @@ class ProfileBudget(Budget):
     def check_model(self, config: Any, layers: Sequence[int]) -> None:
         if self.weights:
             check_calibrated_for(self.weights, config, layers)
-            self.calibrated(layers)
+            heads, own = getattr(config, "num_key_value_heads", None), self.calibrated(layers).tables
+            if isinstance(heads, int) and any(one.shape[1] != heads for one in own):
+                raise ValueError(
+                    f"{self.weights} is a profile of {own[0].shape[1]} KV heads to a layer, but this model has "
+                    f"{heads}; is it another model's?"
+                )
 
     def calibrated(self, layers: Sequence[int]) -> "Profile":
         """The profile in `weights`.
@@ -147,12 +152,12 @@ class Profile:
 
     def to_json_file(self, path: Path, layers: Sequence[int]) -> None:
         """Write that of the first row, under these indices of layers, as `[H][STEPS + 1]` of each."""
-        rounded = {layer: [[round(x, 4) for x in head] for head in one[0].tolist()] for layer, one in self._of(layers)}
-        content = {"kept": [step / STEPS for step in range(STEPS + 1)], "layers": rounded}
+        heads = {
+            layer: [[round(share, 4) for share in head] for head in table[0].tolist()]
+            for layer, table in zip(layers, self.tables, strict=True)
+        }
+        content = {"kept": [step / STEPS for step in range(STEPS + 1)], "layers": heads}
         path.write_text(json.dumps(content) + "\n", encoding="utf-8")
-
-    def _of(self, layers: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        return zip(layers, self.tables, strict=True)
 
     def of_process(self, rank: int, count: int) -> "Profile":
         """Of the heads of one of `count` processes that share the heads of each layer."""

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ..model import SHIPPED_MODELS, load_model
 from .calibrate import LENGTHS, calibrate
 
@@ -48,7 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--tokens", type=int, default=8192, help="that are read of each length; default: %(default)s")
     add("--hidden-dim", type=int, help="of the MLPs; default: a 24th of the model's hidden size")
-    add("--dtype", default="auto", help="the model's precision; default: as stored")
+    precisions = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", default="auto", choices=precisions, help="the model's precision; default: as stored")
     add("--device", help="default: cuda where there is one, else the CPU")
     add("--seed", type=int, default=0, help="default: 0")
     return parser
@@ -56,11 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Calibrate a model; returns the exit status."""
-    import torch
-
     options = build_parser().parse_args(arguments)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        device = device_of(options.device)
         text = None if options.text is None else "\n\n".join(read_text(path) for path in options.text)
         model, tokenizer = load_model(options.model, dtype=options.dtype)
         calibration = calibrate(
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             hidden_dim=options.hidden_dim,
             seed=options.seed,
         )
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -82,6 +83,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(calibration)
     print(f"written to {options.output}; {', '.join(f'{k} {v:.0f} s' for k, v in calibration.seconds.items())}")
     return 0
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of this name; for `None` a GPU where there is one.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"--device {name}: {error}") from error
 
 
 def read_text(path: Path) -> str:

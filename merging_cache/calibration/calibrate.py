@@ -3,7 +3,6 @@
 import hashlib
 import json
 import platform
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,10 +14,10 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..budgets.profile import Profile
+from ..budgets.profile import PROFILE_FILE, Profile
 from ..evaluation.haystack import fitting_text
 from ..model import most_positions
-from ..stage import check_number
+from ..stage import FACTS_FILE, check_number
 from .excerpts import Excerpt, excerpts_of
 from .gates import Gate, Lesson, fit_linear, fit_mlp
 from .records import strewn
@@ -37,7 +36,8 @@ class Calibration:
         folder: what `calibration=`, `scorer={"name": "kvzap", "weights": ...}` and `budget={"name": "profile",
             "weights": ...}` take.
         model, architecture: the name of the model and its class.
-        text, lengths, tokens: what was read.
+        text, lengths, tokens: what was read, held-out excerpts included.
+        in_chat: whether every other excerpt stood in a chat template.
         kind: `"linear"` or `"mlp"`, whichever was better on text that was held out.
         hidden_size: its width.
         layers: the indices of the layers that fold.
@@ -52,6 +52,7 @@ class Calibration:
     text: str
     lengths: tuple[int, ...]
     tokens: int
+    in_chat: bool
     kind: str
     hidden_size: int
     layers: tuple[int, ...]
@@ -113,15 +114,18 @@ def calibrate(
         >>> print(calibrate(model, tokenizer, "smollm2-calibration"))  # doctest: +SKIP
         >>> cache = MergingDynamicCache(model=model, calibration="smollm2-calibration")  # doctest: +SKIP
     """
-    most = most_positions(model.config.get_text_config(decoder=True))
-    if lengths is None:
-        lengths = [one for one in LENGTHS if most is None or 2 * one <= most] or [most // 2]
-    folder, lengths = Path(folder), tuple(sorted(lengths))
-    _check(model, lengths, tokens_of_length, hidden_dim)
+    folder = Path(folder)
+    lengths = _checked_lengths(model, lengths)
+    _check(tokenizer, folder, text, tokens_of_length, hidden_dim, seed)
     name, given = (DEFAULT_TEXT, strewn(fitting_text(), seed)) if text is None else ("a text of one's own", text)
     excerpts = excerpts_of(given, tokenizer, lengths, tokens_of_length, seed)
     start = time.perf_counter()
-    files = _read(model, excerpts, folder, seed, progress)
+    was_training = model.training
+    model.eval()
+    try:
+        files = _read(model, excerpts, folder, seed, progress)
+    finally:
+        model.train(was_training)
     read = time.perf_counter()
     layers = layers_in(files[0])
     held_out = [file for file, excerpt in zip(files, excerpts, strict=True) if excerpt.is_held_out]
@@ -141,6 +145,7 @@ def calibrate(
         text=name,
         lengths=lengths,
         tokens=sum(excerpt.input_ids.shape[1] for excerpt in excerpts),
+        in_chat=any(excerpt.is_in_chat for excerpt in excerpts),
         kind=kind,
         hidden_size=model.config.get_text_config(decoder=True).hidden_size,
         layers=tuple(layers),
@@ -149,30 +154,60 @@ def calibrate(
         seconds={"reading": round(read - start, 1), "fitting": round(fitted - read, 1)},
     )
     _write(calibration, gates[kind], _profile(layers, gates[kind], files), model)
-    shutil.rmtree(folder / "unfinished")
+    for file in files:
+        file.unlink()
+    if not any((folder / "unfinished").iterdir()):
+        (folder / "unfinished").rmdir()
     return calibration
 
 
-def _check(model: PreTrainedModel, lengths: tuple[int, ...], tokens_of_length: int, hidden_dim: int | None) -> None:
+def _checked_lengths(model: PreTrainedModel, lengths: Sequence[int] | None) -> tuple[int, ...]:
+    """The lengths of excerpts, ascending."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model is {type(model).__name__}; give a transformers model, such as load_model's")
+    most = most_positions(model.config.get_text_config(decoder=True))
+    if lengths is None:
+        return tuple(one for one in LENGTHS if most is None or 2 * one <= most) or (most // 2,)
+    if isinstance(lengths, str) or not isinstance(lengths, Sequence):
+        raise TypeError(f"lengths is {lengths!r}; give a list of numbers of tokens")
     for length in lengths:
         check_number("a length", length, int, minimum=16)
-    check_number("tokens_of_length", tokens_of_length, int, minimum=1)
-    if hidden_dim is not None:
-        check_number("hidden_dim", hidden_dim, int, minimum=1)
     if not lengths:
         raise ValueError("lengths is empty; give the lengths of excerpts in tokens")
-    most = most_positions(model.config.get_text_config(decoder=True))
     if most is not None and 2 * max(lengths) > most:
         raise ValueError(
             f"an excerpt of {max(lengths)} tokens is read twice, but {type(model).__name__} has positions for {most}; "
             "give shorter lengths"
         )
+    return tuple(sorted(set(lengths)))
+
+
+def _check(
+    tokenizer: Any, folder: Path, text: str | None, tokens_of_length: int, hidden_dim: int | None, seed: int
+) -> None:
+    """Refuse what cannot be right before anything is read."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"tokenizer is {type(tokenizer).__name__}; give the model's tokenizer")
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"text is {type(text).__name__}; give one string")
+    check_number("tokens_of_length", tokens_of_length, int, minimum=1)
+    check_number("seed", seed, int)
+    if hidden_dim is not None:
+        check_number("hidden_dim", hidden_dim, int, minimum=1)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder to write to")
+    if (folder / "config.json").exists() and not (folder / FACTS_FILE).exists():
+        raise ValueError(
+            f"{folder} holds the config of something else, a model perhaps; give another folder to write to"
+        )
 
 
 def _read(model: PreTrainedModel, excerpts: list[Excerpt], folder: Path, seed: int, progress: bool) -> list[Path]:
     """The files that the excerpts were read into, now or before."""
-    name = f"{model.config.name_or_path} {model.dtype} {seed} {SAMPLE}"
-    read_before = hashlib.sha256(name.encode())
+    read_before = hashlib.sha256(f"{model.dtype} {seed} {SAMPLE}".encode())
+    for name, parameter in model.named_parameters():  # a part of each tells models apart
+        some = parameter.detach().flatten()[:64].float().cpu()
+        read_before.update(name.encode() + str(tuple(parameter.shape)).encode() + some.numpy().tobytes())
     for excerpt in excerpts:
         read_before.update(excerpt.input_ids.numpy().tobytes())
     unfinished = folder / "unfinished"
@@ -207,6 +242,7 @@ def _profile(layers: list[int], gates: list[Gate], files: list[Path]) -> Profile
 def _write(calibration: Calibration, gates: list[Gate], profile: Profile, model: PreTrainedModel) -> None:
     """The folder: KVzap's format, the profile, the facts, and a card."""
     folder, count = calibration.folder, model.config.get_text_config(decoder=True).num_hidden_layers
+    (folder / FACTS_FILE).unlink(missing_ok=True)  # written last: where it is, all the rest is, too
     by_layer = dict(zip(calibration.layers, gates, strict=True))
     # the format has a gate for every layer; those that do not fold have one that says nothing
     empty = {name: torch.zeros_like(one) for name, one in gates[0].weights.items()}
@@ -227,27 +263,27 @@ def _write(calibration: Calibration, gates: list[Gate], profile: Profile, model:
         "dtype": "float16",
     }
     _write_json(folder / "config.json", config)
-    profile.to_json_file(folder / "profile.json", calibration.layers)
+    profile.to_json_file(folder / PROFILE_FILE, calibration.layers)
+    (folder / "README.md").write_text(card(calibration), encoding="utf-8")
     facts: dict[str, Any] = asdict(calibration) | {"python": platform.python_version()}
     del facts["folder"]
-    _write_json(folder / "calibration.json", facts)
-    (folder / "README.md").write_text(card(calibration), encoding="utf-8")
+    _write_json(folder / FACTS_FILE, facts)
 
 
 def card(calibration: Calibration) -> str:
     """What people are told of a calibration, in Markdown."""
-    errors = calibration.errors
+    errors, framed = calibration.errors, ", half of them in the chat template" * calibration.in_chat
     lines = [
         f"# Calibration of {calibration.model}",
         "",
         f"Gates ({calibration.kind}) and a profile of {calibration.architecture} for merging_cache, learned from "
         f"{calibration.tokens:,} tokens of {calibration.text} in excerpts of "
-        f"{', '.join(map(str, calibration.lengths))} tokens, half of them in the chat template. The gates are in "
-        "KVzap's format; they tell the logarithm of the largest attention that a token draws in a second reading.",
+        f"{', '.join(map(str, calibration.lengths))} tokens{framed}. The gates are in KVzap's format; they tell the "
+        "logarithm of the largest attention that a token draws in a second reading.",
         "",
         f'    MergingDynamicCache(model=model, calibration="{calibration.folder.name}")',
         "",
-        "On text that was held out:",
+        "On text that was held out, by which the kind of gates was chosen:",
         "",
         "| layer | error, linear | error, mlp | correlation |",
         "|---|---|---|---|",

@@ -18,11 +18,13 @@ class Excerpt:
 
     Args:
         input_ids: `[1, L]`.
-        is_held_out: whether nothing is to be fitted on it.
+        is_held_out: whether gates are judged by it, and not fitted.
+        is_in_chat: whether it stands in the chat template.
     """
 
     input_ids: Tensor
     is_held_out: bool
+    is_in_chat: bool = False
 
 
 def excerpts_of(
@@ -49,37 +51,31 @@ def excerpts_of(
         count = max(1, tokens_of_length // length)
         plan += [((number + rng.random()) / count, length, False) for number in range(count)]
         plan.append((rng.random(), length, True))
-    return [
-        Excerpt(_cut(ids, length, held_out, first_held_out, number % 2 == 1, tokenizer, rng), held_out)
-        for number, (_, length, held_out) in enumerate(sorted(plan))
-    ]
+    frames = (_frame(tokenizer, in_chat=False), _frame(tokenizer, in_chat=True))
+    excerpts = []
+    for number, (_, length, held_out) in enumerate(sorted(plan)):
+        part, frame = ids[first_held_out:] if held_out else ids[:first_held_out], frames[number % 2]
+        excerpts.append(Excerpt(_cut(part, length, *frame, rng), held_out, is_in_chat=frame != frames[0]))
+    return excerpts
 
 
-def _cut(
-    ids: list[int],
-    length: int,
-    is_held_out: bool,
-    first_held_out: int,
-    in_chat: bool,
-    tokenizer: PreTrainedTokenizerBase,
-    rng: random.Random,
-) -> Tensor:
-    """`[1, length]`."""
-    before, after = _frame(tokenizer, in_chat)
-    room = max(1, length - len(before) - len(after))
-    low, high = (first_held_out, len(ids)) if is_held_out else (0, first_held_out)
-    room = min(room, high - low)
-    start = rng.randint(low, high - room)
+def _cut(ids: list[int], length: int, before: list[int], after: list[int], rng: random.Random) -> Tensor:
+    """`[1, length]`, less where there are no more ids, with what stands before and after it."""
+    room = min(len(ids), max(1, length - len(before) - len(after)))
+    start = rng.randint(0, len(ids) - room)
     return torch.tensor([(before + ids[start : start + room] + after)[:length]])
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase, in_chat: bool) -> tuple[list[int], list[int]]:
-    """The ids that stand before and after a text."""
+    """The ids that stand before and after a text; without a chat where the template cannot say it."""
     mark = "\u2603"
     if in_chat and getattr(tokenizer, "chat_template", None):
         asked: Any = [{"role": "user", "content": mark}]
-        before, after = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True).split(mark)
-    else:
-        start = tokenizer.bos_token_id
-        return ([] if start is None or tokenizer("a")["input_ids"][0] != start else [start]), []
-    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+        try:
+            parts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True).split(mark)
+        except Exception:  # templates are programs of others, and raise what they like
+            parts = []
+        if len(parts) == 2:
+            return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
+    start = tokenizer.bos_token_id
+    return ([] if start is None or tokenizer("a")["input_ids"][:1] != [start] else [start]), []

@@ -39,7 +39,8 @@ class Lesson:
     held_out_scores: Tensor
 
     def judge(self, weights: dict[str, Tensor]) -> Gate:
-        """A gate by its weights."""
+        """A gate by its weights, which it is rounded to as they are written."""
+        weights = {name: one.half().float() for name, one in weights.items()}
         said, true = predict(self.held_out_inputs, weights), self.held_out_scores
         apart = [one - one.mean(dim=0) for one in (said, true)]
         lengths = torch.linalg.vector_norm(apart[0], dim=0) * torch.linalg.vector_norm(apart[1], dim=0)
@@ -58,7 +59,7 @@ def predict(inputs: Tensor, weights: dict[str, Tensor]) -> Tensor:
 def fit_linear(lesson: Lesson) -> Gate:
     """The linear map by ridge regression, in closed form."""
     mean, deviation = _moments(lesson.inputs)
-    inputs = ((lesson.inputs - mean) / deviation).double()
+    inputs = ((lesson.inputs - mean) / deviation).double()  # zeros where an input is always the same
     middle = lesson.scores.mean(dim=0)
     gram, wanted = inputs.mT @ inputs, inputs.mT @ (lesson.scores - middle).double()
     gates = []
@@ -73,7 +74,8 @@ def fit_mlp(lesson: Lesson, hidden_dim: int, seed: int) -> Gate:
     """The MLP by Adam on the squared error; of all epochs the best on held-out tokens."""
     device, generator = lesson.inputs.device, torch.Generator().manual_seed(seed)
     mean, deviation = _moments(lesson.inputs)
-    inputs, middle, spread = (lesson.inputs - mean) / deviation, *_moments(lesson.scores)
+    inputs = (lesson.inputs - mean) / deviation
+    middle, spread = lesson.scores.mean(dim=0), lesson.scores.std(dim=0).clamp_min(1e-6)
     scores = (lesson.scores - middle) / spread
     width, heads = inputs.shape[1], scores.shape[1]
     shapes = {"0.weight": (hidden_dim, width), "0.bias": (hidden_dim,), "2.weight": (heads, hidden_dim)}
@@ -107,4 +109,6 @@ def fit_mlp(lesson: Lesson, hidden_dim: int, seed: int) -> Gate:
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    return values.mean(dim=0), values.std(dim=0).clamp_min(1e-6)
+    """Mean and standard deviation; an infinite one for what hardly varies, so that nothing goes by it."""
+    deviation = values.std(dim=0)
+    return values.mean(dim=0), deviation.masked_fill(deviation <= 1e-4 * deviation.max(), torch.inf)

@@ -48,7 +48,10 @@ class Shared:
         """Whether folds have to wait until the prompt, or a part of it, was read again."""
         if self.again is None:
             return False
-        return self.fold.scorer.reads_again or self.profiled is None or not self.profiled.is_settled
+        if self.fold.scorer.reads_again:
+            return True
+        # without the model to read it, each head goes by what is known, or all keep as much
+        return not self.profiled.is_settled and self.link.model is not None
 
     def row_is_due(self, seen: int) -> bool:
         """Whether a row of so many tokens is to be folded."""

@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -25,7 +25,7 @@ from .attention import PREFIX, forget_hidden_states, keep_hidden_states, registe
 
 _links: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the config of a linked model's decoder to its ModelLink
 _links_lock = threading.RLock()
-_memories: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the same config to what its caches have found out about it
+_memories: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a model to what its caches have found out about it
 
 
 # What a cache holds ---------------------------------------------------------------------------------------------------
@@ -58,8 +58,10 @@ class Link:
         self._config = None if config is None else config.get_text_config(decoder=True)
         self._reading: weakref.ref[Any] | None = None
         self._model_link: ModelLink | None = None
+        self._model: Callable[[], PreTrainedModel | None] = _no_model
         if model is None:
             return
+        self._model = weakref.ref(model)
         self.model_name = type(model).__name__
         if can_link(model):
             self._model_link = ModelLink.of(model, self, needs_hidden_states)
@@ -87,25 +89,28 @@ class Link:
 
     def watch_hidden_states(self) -> None:
         """Have the attention of a linked model hand over its input, too; for as long as it is linked."""
-        if self._model_link is not None:
-            self._model_link.watch_hidden_states()
+        if (model := self.model) is not None:
+            self._model_link.watch_hidden_states(model)
 
     def watch_passes(self) -> None:
         """Have the decoder of a linked model tell its caches of every pass, before and after; while it is linked."""
-        if self._model_link is not None:
-            self._model_link.watch_passes()
+        if (model := self.model) is not None:
+            self._model_link.watch_passes(model)
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The linked model; `None` where it is not linked."""
+        return None if self._model_link is None else self._model()
 
     @property
     def memory(self) -> dict[str, Any]:
         """What caches have found out about the linked model, for later ones."""
-        model = None if self._model_link is None else self._model_link.model()
-        return {} if model is None else _memories.setdefault(decoder_config(model), {})
+        return {} if self.model is None else _memories.setdefault(self.model, {})
 
     @property
     def decoder(self) -> torch.nn.Module | None:
         """The part of the linked model that has layers; `None` where it is not linked."""
-        model = None if self._model_link is None else self._model_link.model()
-        return None if model is None else model.get_decoder()
+        return None if self.model is None else self.model.get_decoder()
 
     def release(self, model: PreTrainedModel | None) -> None:
         """Put the model back as it was before it was linked, unless another cache or a `with` block still needs it.
@@ -132,6 +137,10 @@ class Link:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled_link, (self.model_name, self.needed, self.cache_name)  # models do not travel with caches
+
+
+def _no_model() -> None:
+    """What a link without a model refers to."""
 
 
 def _unpickled_link(model_name: str, needed: bool, cache_name: str) -> Link:
@@ -172,8 +181,10 @@ class ModelLink:
     model: "weakref.ref[PreTrainedModel]"
     holders: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
     blocks: int = 0
-    hidden_state_hooks: list[Any] = field(default_factory=list)
-    pass_hooks: list[Any] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)
+    # models may share a config
+    shows_hidden_states: "weakref.WeakSet[PreTrainedModel]" = field(default_factory=weakref.WeakSet)
+    shows_passes: "weakref.WeakSet[PreTrainedModel]" = field(default_factory=weakref.WeakSet)
 
     @classmethod
     def of(cls, model: PreTrainedModel, holder: Link | None = None, hidden_states: bool = False) -> "ModelLink":
@@ -192,7 +203,7 @@ class ModelLink:
             else:
                 link.hold(holder)
             if hidden_states:
-                link.watch_hidden_states()
+                link.watch_hidden_states(model)
             return link
 
     def hold(self, holder: Link) -> None:
@@ -211,33 +222,33 @@ class ModelLink:
             model = self.model()
             if self.holders or self.blocks or model is None:
                 return
-            for hook in (*self.hidden_state_hooks, *self.pass_hooks):
+            for hook in self.hooks:
                 hook.remove()
-            self.hidden_state_hooks.clear()
-            self.pass_hooks.clear()
+            for kept in (self.hooks, self.shows_hidden_states, self.shows_passes):
+                kept.clear()
             forget_hidden_states()
             for config in configs_to_link(model):
                 if is_linked(config):  # someone may have chosen another implementation since
                     set_implementation(config, config._attn_implementation.removeprefix(PREFIX))
             _links.pop(decoder_config(model), None)
 
-    def watch_hidden_states(self) -> None:
+    def watch_hidden_states(self, model: PreTrainedModel) -> None:
         """Have every attention module keep its input for the attention function; removed with the link."""
-        model = self.model()
-        if self.hidden_state_hooks or model is None:
+        if model in self.shows_hidden_states:
             return
+        self.shows_hidden_states.add(model)
         for module in model.modules():
             if getattr(module, "layer_idx", None) is not None and "Attention" in type(module).__name__:
                 hook = module.register_forward_pre_hook(keep_hidden_states, with_kwargs=True)
-                self.hidden_state_hooks.append(hook)
+                self.hooks.append(hook)
 
-    def watch_passes(self) -> None:
+    def watch_passes(self, model: PreTrainedModel) -> None:
         """Have the decoder tell the cache of every pass; removed with the link."""
-        model = self.model()
-        if self.pass_hooks or model is None:
+        if model in self.shows_passes:
             return
+        self.shows_passes.add(model)
         decoder = model.get_decoder()
-        self.pass_hooks += [
+        self.hooks += [
             decoder.register_forward_pre_hook(_before_pass, with_kwargs=True),
             decoder.register_forward_hook(_after_pass, with_kwargs=True),
         ]
