@@ -362,19 +362,13 @@ class MergingDynamicCache(DynamicCache):
         self._recording = False
         for layer in self.layers:
             layer.reset()
-        self._shared.padding.set(None)
-        for part in (self._shared.again, self._shared.profiled):
-            if part is not None:
-                part.forget()
+        self._shared.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row `beam_idx[i]` of the batch row i."""
         # repeating and selecting rows come here too: what every kind of layer can do is to take rows by index
         if (batch := self._batch) is not None:
-            self._shared.padding.select_rows(beam_idx, batch)
-            for part in (self._shared.again, self._shared.profiled):
-                if part is not None:
-                    part.select_rows(beam_idx)
+            self._shared.select_rows(beam_idx, batch)
         super().reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

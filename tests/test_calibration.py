@@ -13,11 +13,12 @@ from merging_cache.budgets import ProfileBudget
 from merging_cache.budgets.profile import STEPS, table_of
 from merging_cache.calibration import __main__ as command
 from merging_cache.calibration.excerpts import HELD_OUT, excerpts_of
-from merging_cache.calibration.gates import RIDGES, Lesson, fit_linear, fit_mlp, predict
+from merging_cache.calibration.gates import RIDGES, Lesson, fit_linear, fit_mlp
 from merging_cache.calibration.teacher import LEAST, read_twice, taught
 from merging_cache.evaluation.haystack import fitting_text, reference_prose
 from merging_cache.model import cache_argument
 from merging_cache.scorers import KVzapScorer, KVzipScorer
+from merging_cache.scorers.kvzap import gate as run
 from models import greedy, tiny_config, tiny_model
 from needle_tasks import make_context
 
@@ -132,7 +133,7 @@ def test_linear_gates_are_the_ridge_solution():
         errors.append(((said - lesson.held_out_scores).square().mean().item(), said))
     error, said = min(errors, key=lambda one: one[0])
     assert gate.error == pytest.approx(error, rel=1e-3)
-    torch.testing.assert_close(predict(lesson.held_out_inputs, gate.weights).double(), said, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(run(lesson.held_out_inputs, gate.weights).double(), said, rtol=1e-3, atol=1e-3)
     by_head = [torch.corrcoef(torch.stack([said[:, head], lesson.held_out_scores[:, head]]))[0, 1] for head in (0, 1)]
     torch.testing.assert_close(gate.correlation.double(), torch.stack(by_head).double(), rtol=1e-3, atol=1e-3)
 
@@ -141,7 +142,7 @@ def test_mlps_learn_what_no_linear_map_can():
     lesson = lesson_of(lambda inputs: (inputs[:, :1] - 2).abs() * torch.tensor([[1.0, -3.0]]) + 5, tokens=4000)
     linear, mlp = fit_linear(lesson), fit_mlp(lesson, 16, seed=0)
     assert mlp.error < linear.error / 5
-    said = predict(lesson.held_out_inputs, mlp.weights)
+    said = run(lesson.held_out_inputs, mlp.weights)
     assert mlp.error == pytest.approx((said - lesson.held_out_scores).square().mean().item())
 
 

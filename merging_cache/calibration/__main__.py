@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ..evaluation.haystack import read_text
 from ..model import SHIPPED_MODELS, load_model
 from .calibrate import LENGTHS, calibrate
 
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         device = device_of(options.device)
-        text = None if options.text is None else "\n\n".join(read_text(path) for path in options.text)
+        text = None if options.text is None else "\n\n".join(read_text(path, "the text") for path in options.text)
         model, tokenizer = load_model(options.model, dtype=options.dtype)
         calibration = calibrate(
             model.to(device).eval(),
@@ -95,18 +96,6 @@ def device_of(name: str | None) -> torch.device:
         return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"--device {name}: {error}") from error
-
-
-def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} could not be read as a text: {error}") from error
 
 
 if __name__ == "__main__":

@@ -127,10 +127,10 @@ def calibrate(
     finally:
         model.train(was_training)
     read = time.perf_counter()
-    layers = layers_in(files[0])
+    layers, hidden_size = layers_in(files[0]), model.config.get_text_config(decoder=True).hidden_size
     held_out = [file for file, excerpt in zip(files, excerpts, strict=True) if excerpt.is_held_out]
     fitting = [file for file in files if file not in held_out]
-    width = max(8, model.config.get_text_config(decoder=True).hidden_size // 24) if hidden_dim is None else hidden_dim
+    width = max(8, hidden_size // 24) if hidden_dim is None else hidden_dim
     gates: dict[str, list[Gate]] = {"linear": [], "mlp": []}
     for layer in tqdm(layers, desc="fitting", unit=" layers", disable=not progress):
         lesson = _lesson(layer, fitting, held_out, model.device)
@@ -147,13 +147,13 @@ def calibrate(
         tokens=sum(excerpt.input_ids.shape[1] for excerpt in excerpts),
         in_chat=any(excerpt.is_in_chat for excerpt in excerpts),
         kind=kind,
-        hidden_size=model.config.get_text_config(decoder=True).hidden_size,
+        hidden_size=hidden_size,
         layers=tuple(layers),
         errors={one: [gate.error for gate in of_kind] for one, of_kind in gates.items()},
         correlations=[float(gate.correlation.mean()) for gate in gates[kind]],
         seconds={"reading": round(read - start, 1), "fitting": round(fitted - read, 1)},
     )
-    _write(calibration, gates[kind], _profile(layers, gates[kind], files), model)
+    _write(calibration, gates[kind], _profile(gates[kind], files), model)
     for file in files:
         file.unlink()
     if not any((folder / "unfinished").iterdir()):
@@ -232,7 +232,7 @@ def _lesson(layer: int, fitting: list[Path], held_out: list[Path], device: torch
     return Lesson(*parts)
 
 
-def _profile(layers: list[int], gates: list[Gate], files: list[Path]) -> Profile:
+def _profile(gates: list[Gate], files: list[Path]) -> Profile:
     """The mean of the profiles of all excerpts."""
     heads = [len(gate.correlation) for gate in gates]
     table = torch.stack(taught(files, "table")).double().mean(dim=0)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear
 
 from ..linalg import solve_positive_definite
+from ..scorers.kvzap import gate
 
 RIDGES = (1e-3, 1e-2, 1e-1)  # of a linear map of standardized inputs; the best on held-out tokens is taken
 BATCH, EPOCHS, RATE = 512, 40, 5e-3
@@ -41,19 +41,11 @@ class Lesson:
     def judge(self, weights: dict[str, Tensor]) -> Gate:
         """A gate by its weights, which it is rounded to as they are written."""
         weights = {name: one.half().float() for name, one in weights.items()}
-        said, true = predict(self.held_out_inputs, weights), self.held_out_scores
+        said, true = gate(self.held_out_inputs, weights), self.held_out_scores
         apart = [one - one.mean(dim=0) for one in (said, true)]
         lengths = torch.linalg.vector_norm(apart[0], dim=0) * torch.linalg.vector_norm(apart[1], dim=0)
         correlation = (apart[0] * apart[1]).sum(dim=0) / lengths.clamp_min(1e-12)
         return Gate(weights, float((said - true).square().mean()), correlation)
-
-
-def predict(inputs: Tensor, weights: dict[str, Tensor]) -> Tensor:
-    """`[n, H]` for inputs `[n, hidden]`."""
-    if "weight" in weights:
-        return linear(inputs, weights["weight"], weights["bias"])
-    hidden = gelu(linear(inputs, weights["0.weight"], weights["0.bias"]))
-    return linear(hidden, weights["2.weight"], weights["2.bias"])
 
 
 def fit_linear(lesson: Lesson) -> Gate:
@@ -67,7 +59,7 @@ def fit_linear(lesson: Lesson) -> Gate:
         damped = gram + ridge * len(inputs) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         weight = solve_positive_definite(damped, wanted).float().mT / deviation
         gates.append(lesson.judge({"weight": weight.contiguous(), "bias": middle - weight @ mean}))
-    return min(gates, key=lambda gate: gate.error)
+    return min(gates, key=lambda one: one.error)
 
 
 def fit_mlp(lesson: Lesson, hidden_dim: int, seed: int) -> Gate:
@@ -89,7 +81,7 @@ def fit_mlp(lesson: Lesson, hidden_dim: int, seed: int) -> Gate:
     best: Gate | None = None
     for _ in range(EPOCHS):
         for batch in torch.randperm(len(inputs), generator=generator).split(BATCH):
-            loss = (predict(inputs[batch], weights) - scores[batch]).square().mean()
+            loss = (gate(inputs[batch], weights) - scores[batch]).square().mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -102,9 +94,9 @@ def fit_mlp(lesson: Lesson, hidden_dim: int, seed: int) -> Gate:
                 "2.weight": weights["2.weight"] * spread.unsqueeze(1),
                 "2.bias": weights["2.bias"] * spread + middle,
             }
-            gate = lesson.judge({name: one.detach().clone() for name, one in plain.items()})
-        if best is None or gate.error < best.error:
-            best = gate
+            found = lesson.judge({name: one.detach().clone() for name, one in plain.items()})
+        if best is None or found.error < best.error:
+            best = found
     return best
 
 

@@ -7,6 +7,8 @@ import random
 import re
 from calendar import month_name
 
+from ..evaluation.haystack import blocks
+
 SYLLABLES = ("ba", "bel", "cor", "dan", "der", "el", "fen", "gar", "hol", "il", "jor", "kan", "lun", "mar", "nok", "or")
 ENDINGS = ("pel", "quin", "ras", "sol", "tam", "ur", "vel", "wen", "yor", "zan")
 THINGS = ("lamps", "seeds", "tiles", "ropes", "maps", "bells", "coats", "rings", "jars", "pipes", "clocks", "chairs")
@@ -25,7 +27,7 @@ def strewn(text: str, seed: int) -> str:
     """The paragraphs of a text, a record or two after every other one."""
     rng = random.Random(f"records {seed}")
     parts = []
-    for paragraph in re.split(r"\n\s*\n", text):
+    for paragraph in blocks(text):
         parts.append(paragraph)
         if rng.random() < 0.5:
             parts.append(" ".join(_record(rng) for _ in range(rng.randint(1, 2))))

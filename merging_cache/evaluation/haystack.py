@@ -39,13 +39,18 @@ def fitting_text() -> str:
     """All of the half for fitting, code and tables included, but for paragraphs that stand in the other half, too."""
     measured = {one for name, text in topics.items() if is_for_evaluation(name) for one in paragraphs(text)}
     fitting = (text for name, text in sorted(topics.items()) if not is_for_evaluation(name))
-    blocks = (block for text in fitting for block in re.split(r"\n\s*\n", text))
-    return "\n\n".join(block for block in blocks if " ".join(block.split()) not in measured)
+    found = (block for text in fitting for block in blocks(text))
+    return "\n\n".join(block for block in found if " ".join(block.split()) not in measured)
+
+
+def blocks(text: str) -> list[str]:
+    """What stands between the empty lines of a text."""
+    return re.split(r"\n\s*\n", text)
 
 
 def paragraphs(text: str) -> Iterator[str]:
     """The paragraphs of a text, each on one line."""
-    for paragraph in re.split(r"\n\s*\n", text):
+    for paragraph in blocks(text):
         if words := paragraph.split():
             yield " ".join(words)
 
@@ -67,13 +72,22 @@ def read_paragraphs(files: Sequence[Path]) -> tuple[str, ...]:
         return reference_prose()
     found: list[str] = []
     for path in files:
-        try:
-            found += paragraphs(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"the haystack {path} could not be read as a text: {error}") from error
+        found += paragraphs(read_text(path, "the haystack"))
     if not found:
         raise ValueError(f"the haystack {', '.join(map(str, files))} has no words")
     return tuple(found)
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a file, which holds `what`, `"the haystack"` say.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{what} {path} could not be read as a text: {error}") from error
 
 
 def sentences_of(text: Sequence[str]) -> list[list[str]]:

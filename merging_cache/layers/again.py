@@ -192,7 +192,8 @@ def middle_of(asked: Tensor, part: int) -> tuple[Tensor, Tensor]:
     """`part` tokens from the middle of those that are asked for in each row, `[B, L]` bool, and their later half."""
     rank, counts = asked.cumsum(dim=1), asked.sum(dim=1, keepdim=True)
     start, size = (counts - part).clamp_min(0) // 2, counts.clamp_max(part)
-    return asked & (rank > start) & (rank <= start + size), asked & (rank > start + size // 2) & (rank <= start + size)
+    block = asked & (rank > start) & (rank <= start + size)
+    return block, block & (rank > start + size // 2)
 
 
 def chunks(asked: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -98,15 +98,9 @@ class Profiled:
             self._read = self._read[indices.cpu()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Profiled":
-        twin = Profiled(self.budget, self._memory, self.group)  # of the same model
-        twin._own, twin._read = self._own, self._read
+        twin = object.__new__(Profiled)  # of the same model
+        vars(twin).update(vars(self))
         return twin
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _thawed, (self.budget, dict(self._memory), self._own, self._read)  # models and processes do not travel
-
-
-def _thawed(budget: ProfileBudget, memory: dict[str, Any], own: Profile | None, read: Tensor | None) -> Profiled:
-    profiled = Profiled(budget, memory)
-    profiled._own, profiled._read = own, read
-    return profiled
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_memory": dict(self._memory), "group": None}  # models and processes do not travel

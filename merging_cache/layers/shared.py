@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from ..config import MergingConfig
 from ..fold import Fold
 from ..model import Link
@@ -56,6 +58,20 @@ class Shared:
     def row_is_due(self, seen: int) -> bool:
         """Whether a row of so many tokens is to be folded."""
         return self.fold.budget.may_fold(seen, self.config.num_slots(seen))
+
+    def select_rows(self, indices: Tensor, batch: int) -> None:
+        """Make row `indices[i]` of the batch row i."""
+        self.padding.select_rows(indices, batch)
+        for part in (self.again, self.profiled):
+            if part is not None:
+                part.select_rows(indices)
+
+    def forget(self) -> None:
+        """The cache is empty."""
+        self.padding.set(None)
+        for part in (self.again, self.profiled):
+            if part is not None:
+                part.forget()
 
     def twin(self) -> "Shared":
         """For a copy of the cache: another batch, linked and released by itself."""

@@ -51,9 +51,8 @@ class StratifiedQueries(QuerySource):
     Where the rotary embedding cannot be made out, the last `count` queries are taken as they are.
 
     Memory: `2 * count` queries of every query head until the fold; more of them gained nothing on real weights and take
-    longer. None are kept after it, so that a cache is no larger
-    than its slots: a later fold is judged by the queries that came since, and a prompt that is folded in many chunks by
-    those of each chunk.
+    longer. None are kept after it, so that a cache is no larger than its slots: a later fold is judged by the queries
+    that came since, and a prompt that is folded in many chunks by those of each chunk.
 
     Args:
         count: the least number of queries, once as many were observed.

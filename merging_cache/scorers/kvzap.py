@@ -26,9 +26,12 @@ class KVzapScorer(HiddenStateScorer):
         return f"layers.{layer_idx}."
 
     def predict(self, hidden_states: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        if "weight" in weights:
-            scores = linear(hidden_states, weights["weight"], weights["bias"])
-        else:
-            hidden = gelu(linear(hidden_states, weights["0.weight"], weights["0.bias"]))
-            scores = linear(hidden, weights["2.weight"], weights["2.bias"])
-        return scores.mT
+        return gate(hidden_states, weights).mT
+
+
+def gate(hidden_states: Tensor, weights: dict[str, Tensor]) -> Tensor:
+    """`[..., hidden]` to `[..., H]`, by the weights of one layer."""
+    if "weight" in weights:
+        return linear(hidden_states, weights["weight"], weights["bias"])
+    hidden = gelu(linear(hidden_states, weights["0.weight"], weights["0.bias"]))
+    return linear(hidden, weights["2.weight"], weights["2.bias"])

@@ -18,9 +18,8 @@ class KVzipScorer(Scorer):
     After the prompt, and before anything is generated, the cache has the model read its tokens once more behind it, in
     chunks that see all of the context and themselves. No instruction stands in front of them. The score is the maximum
     over the tokens read again and the query heads of the group, of the softmax over the context and the chunk. That
-    takes two to three times as long as the prompt itself. In later turns only what came since is read again;
-    earlier tokens keep the larger of both scores. Recent tokens are kept by their scores, and unseen no more than a
-    sixteenth of the slots.
+    takes two to three times as long as the prompt itself. In later turns only what came since is read again; earlier
+    tokens keep the larger of both scores. Recent tokens are kept by their scores, but for a sixteenth of the slots.
 
     Args:
         chunk_size: tokens that are read again at a time: with more of them it takes more memory and less time.
