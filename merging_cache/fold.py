@@ -70,6 +70,11 @@ class Fold:
         """Whether some stage looks at the attention's input."""
         return any(stage.needs_hidden_states for stage in self.stages.values())
 
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether some stage looks at what is read by the tokens that are read again."""
+        return any(stage.needs_outputs for stage in self.stages.values())
+
     def check_model(self, config: Any, layers: Sequence[int]) -> None:
         """Refuse a model that a stage was not made for; see `Stage.check_model`."""
         for stage in self.stages.values():

@@ -44,6 +44,8 @@ class Stage:
     reads_again: bool = False
     """True for a stage that is shown what attends to each token while the model reads the prompt, or a part of it, once
     more; see `observe_again`."""
+    needs_outputs: bool = False
+    """True if `observe_again` reads what is in `states.again` besides `weights` and `norms`."""
     again_tokens: int | None = None
     """How many tokens from the middle of the prompt are enough then; `None` for all of it."""
     chunk_size: int = 2048

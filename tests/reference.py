@@ -135,6 +135,29 @@ def kvzip(states, plus):
     return scores
 
 
+def leave_one_out(states, projection=None):
+    """How the output of the layer changes, relative to itself, where one token is gone and the others share its part.
+
+    A weight above .99 counts as .99 of the attention does.
+    """
+    batch, heads, length, dim = states.keys.shape
+    projection = (states.module.o_proj.weight if projection is None else projection).double()
+    weights, values, outputs = (one.double() for one in (states.again.weights, states.values, states.again.outputs))
+    scores = torch.zeros(batch, heads, length)
+    for b, kv, i in itertools.product(range(batch), range(heads), range(weights.shape[3])):
+        for j in range(length):
+            change = 0.0
+            for number in range(weights.shape[2]):
+                head, drawn = kv * weights.shape[2] + number, weights[b, kv, number, i, j].item()
+                read, value = outputs[b, kv, number, i], values[b, kv, j]
+                left = max(1 - drawn, 0.01)
+                without = read + drawn * (read - value) / left
+                part = projection[:, head * dim : (head + 1) * dim]
+                change += norm((part @ (without - read)).tolist())
+            scores[b, kv, j] += (change / states.again.lengths[b, i].item()) ** 2
+    return scores
+
+
 def tova(states):
     batch, heads, length = states.keys.shape[:3]
     scores = torch.ones(batch, heads, length)

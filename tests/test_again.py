@@ -12,7 +12,7 @@ from merging_cache.fold import Fold
 from merging_cache.layers import MergingHybridLayer, again
 from merging_cache.mergers import DropMerger
 from merging_cache.model import cache_argument
-from merging_cache.scorers import KVzipScorer
+from merging_cache.scorers import KVzipScorer, LeaveOneOutScorer
 from merging_cache.states import Statistics
 from models import WINDOW, assert_same_cache, greedy, left_padded, llama, prompt, tiny_model
 
@@ -24,8 +24,11 @@ BART = {"vocab_size": 97, "d_model": 32, "encoder_layers": 1, "decoder_layers": 
 BART |= {"decoder_ffn_dim": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 
 
-def kvzip(model, kind="dynamic", chunk_size=2048, **options):
-    scorer = {"name": "kvzip", "chunk_size": chunk_size}
+BOTH = pytest.mark.parametrize("name", ["kvzip", "leave_one_out"])
+
+
+def rereading(model, name="kvzip", kind="dynamic", chunk_size=2048, **options):
+    scorer = {"name": name, "chunk_size": chunk_size}
     return KINDS[kind](model=model, **{"scorer": scorer, "merger": "drop"} | WINDOW | options)
 
 
@@ -69,7 +72,7 @@ def test_scores_are_the_largest_attention_of_a_second_pass(chunk_size, plus, mon
     score = KVzipScorer.score
     monkeypatch.setattr(KVzipScorer, "score", lambda *args: shown.append(score(*args)) or shown[-1])
     scorer = {"name": "kvzip", "chunk_size": chunk_size, "plus": plus}
-    cache = kvzip(model, scorer=scorer, compression_ratio=0.5, budget="uniform")
+    cache = rereading(model, scorer=scorer, compression_ratio=0.5, budget="uniform")
     output = model(ids, **cache_argument(cache))
     assert torch.equal(output.logits, before)
     assert cache.get_seq_length() == 60
@@ -78,35 +81,72 @@ def test_scores_are_the_largest_attention_of_a_second_pass(chunk_size, plus, mon
         torch.testing.assert_close(mine[0], theirs, rtol=1e-4, atol=1e-5)
 
 
+def leaving_out(layer, weights, values):
+    """`[H, L]`: each token is taken from each head in turn, which is normalized and projected anew, in fp64."""
+    parts = layer.self_attn.o_proj.weight.double().unflatten(1, (len(weights), -1))  # [hidden, Hq, D]
+    weights, values = weights.double(), values.double().repeat_interleave(len(weights) // len(values), dim=0)
+    outputs = torch.einsum("nhd,hqd->hqn", parts, weights @ values)  # of each head
+    lengths, heads = outputs.sum(dim=0).norm(dim=-1), []
+    changes = torch.zeros(weights.shape)
+    for token in range(weights.shape[2]):
+        left = weights.clone()
+        left[..., token] = 0
+        left /= left.sum(dim=-1, keepdim=True)
+        changes[..., token] = (torch.einsum("nhd,hqd->hqn", parts, left @ values) - outputs).norm(dim=-1)
+    heads = changes.unflatten(0, (-1, 2)).sum(dim=1) / lengths[:, None]  # two query heads for each KV head
+    return heads.square().sum(dim=1)
+
+
+@pytest.mark.parametrize("chunk_size", [2048, 25])
+@torch.no_grad()
+def test_scores_are_what_changes_in_a_second_pass_without_each_token(chunk_size, monkeypatch):
+    model, ids, shown = llama("eager"), prompt(60), []
+    expected = [0, 0]
+    for piece in ids.split(chunk_size, dim=1):
+        cache = DynamicCache(config=model.config)
+        model(ids, **cache_argument(cache))
+        found = model(piece, **cache_argument(cache), output_attentions=True).attentions
+        for number, layer in enumerate(model.model.layers):
+            expected[number] += leaving_out(layer, found[number][0], cache.layers[number].values[0])[:, :60]
+    score = LeaveOneOutScorer.score
+    monkeypatch.setattr(LeaveOneOutScorer, "score", lambda *args: shown.append(score(*args)) or shown[-1])
+    cache = rereading(model, "leave_one_out", chunk_size=chunk_size, compression_ratio=0.5, budget="uniform")
+    model(ids, **cache_argument(cache))
+    for mine, theirs in zip(shown, expected, strict=True):
+        torch.testing.assert_close(mine[0], theirs.float(), rtol=1e-3, atol=1e-6)
+
+
+@BOTH
 @pytest.mark.parametrize("budget", ["uniform", "adakv", "global"])
 @pytest.mark.parametrize("chunk_size", [2048, 16])
-def test_padded_rows_equal_the_row_alone(budget, chunk_size):
+def test_padded_rows_equal_the_row_alone(budget, chunk_size, name):
     model, lengths = llama(), [50, 31, 12]
     inputs = left_padded(lengths)
     options = {"budget": budget, "chunk_size": chunk_size, "max_tokens": 14}
-    together = greedy(model, inputs, **cache_argument(kvzip(model, **options)))
+    together = greedy(model, inputs, **cache_argument(rereading(model, name, **options)))
     for row, length in enumerate(lengths):
         ids = inputs["input_ids"][row : row + 1, -length:]
-        alone = greedy(model, ids, **cache_argument(kvzip(model, **options)))
+        alone = greedy(model, ids, **cache_argument(rereading(model, name, **options)))
         for mine, theirs in zip(together.logits, alone.logits, strict=True):
             torch.testing.assert_close(mine[row], theirs[0], rtol=1e-4, atol=1e-4)
 
 
+@BOTH
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_late_folds_embeddings_and_readings_give_the_same(kind):
+def test_late_folds_embeddings_and_readings_give_the_same(kind, name):
     model, ids = llama(), prompt(60)
     options = {"merger": "auto", "compression_ratio": 0.75}
-    expected = kvzip(model, kind, **options)
+    expected = rereading(model, name, kind, **options)
     model(ids, **cache_argument(expected))
-    late = kvzip(model, kind, fold_at="decode", **options)
+    late = rereading(model, name, kind, fold_at="decode", **options)
     for piece in ids.split(23, dim=1):
         model(piece, **cache_argument(late))
     assert late.layers[0].num_slots == 0
     late.fold()
-    embedded = kvzip(model, kind, **options)
+    embedded = rereading(model, name, kind, **options)
     model(inputs_embeds=model.get_input_embeddings()(ids), **cache_argument(embedded))
-    filled = Reading(model, ids).fill(kvzip(model, kind, **options))
+    filled = Reading(model, ids).fill(rereading(model, name, kind, **options))
     for cache, tolerance in ((late, 1e-4), (embedded, 0), (filled, 0)):
         for mine, theirs in zip(cache.layers, expected.layers, strict=True):
             assert torch.equal(mine.positions, theirs.positions)
@@ -114,10 +154,11 @@ def test_late_folds_embeddings_and_readings_give_the_same(kind):
             assert_same_cache(cache, expected, rtol=tolerance, atol=tolerance)
 
 
+@BOTH
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "phi3", "mixtral", *LINEAR])
-def test_other_architectures(family):
+def test_other_architectures(family, name):
     model, ids = tiny_model(family), prompt(60)
-    cache = kvzip(model, compression_ratio=0.5)
+    cache = rereading(model, name, compression_ratio=0.5)
     plain = greedy(model, ids, new_tokens=1, **cache_argument(DynamicCache(config=model.config)))
     output = greedy(model, ids, new_tokens=4, **cache_argument(cache))
     assert torch.equal(output.logits[0], plain.logits[0])
@@ -125,17 +166,20 @@ def test_other_architectures(family):
     assert sum(int(layer.slots_per_head.sum()) for layer in cache.folding_layers) == 30 * sum(heads)
 
 
-def test_turns_beams_and_drafts():
+@BOTH
+def test_turns_beams_and_drafts(name):
     model, ids = llama(), prompt(20).repeat(1, 3)
-    cache = kvzip(model, compression_ratio=0.5)
+    cache = rereading(model, name, compression_ratio=0.5)
     first = greedy(model, ids, **cache_argument(cache)).sequences
     second = torch.cat([first, prompt(30, seed=3)], dim=1)
     greedy(model, second, **cache_argument(cache))
     seen = second.shape[1]
     assert sum(int(layer.slots_per_head.sum()) for layer in cache.layers) == seen // 2 * 4
-    beams = greedy(model, ids, **cache_argument(kvzip(model)), num_beams=3, output_logits=False, output_scores=True)
+    beams = greedy(
+        model, ids, **cache_argument(rereading(model, name)), num_beams=3, output_logits=False, output_scores=True
+    )
     assert beams.sequences.shape == (1, 68)
-    drafted, plain = kvzip(model, fold_at="decode"), kvzip(model, fold_at="decode")
+    drafted, plain = rereading(model, name, fold_at="decode"), rereading(model, name, fold_at="decode")
     greedy(model, ids, **cache_argument(drafted), prompt_lookup_num_tokens=3, output_logits=False)
     greedy(model, ids, **cache_argument(plain))
     assert drafted.layers[0].num_slots
@@ -144,19 +188,19 @@ def test_turns_beams_and_drafts():
 @torch.no_grad()
 def test_what_cannot_be_read_again_is_refused():
     model, ids = llama(), prompt(40)
-    cache = kvzip(model, fold_at="decode", compression_ratio=0.5)
+    cache = rereading(model, fold_at="decode", compression_ratio=0.5)
     model(ids, **cache_argument(cache))
     cache.release()
     with pytest.raises(ValueError, match="KVzipScorer has LlamaForCausalLM read the prompt again, but"):
         cache.fold()
     bart = BartForConditionalGeneration(BartConfig(**BART))
     with pytest.raises(ValueError, match="bart cannot read a prompt again behind itself"):
-        kvzip(bart)
+        rereading(bart)
     assert MergingDynamicCache(model=bart).folding_layers[0].budget == AdaKVBudget()
     planes = llama()
     planes.config.rope_parameters |= {"mrope_section": [2, 3, 3]}
     with pytest.raises(ValueError, match="cannot read a prompt again .* Choose other stages than KVzipScorer"):
-        kvzip(planes)
+        rereading(planes)
     other = llama()
     config = MergingDynamicCache(config=other.config, scorer="kvzip", **WINDOW)
     other(ids, **cache_argument(config))
@@ -169,7 +213,7 @@ def test_nothing_is_left_behind():
     """Neither hooks nor tokens that wait; and a context at the end of the model's positions is read again, too."""
     model = llama()
     most = model.config.max_position_embeddings
-    cache = kvzip(model, compression_ratio=0.5)
+    cache = rereading(model, compression_ratio=0.5)
     model(prompt(most), **cache_argument(cache))
     assert sum(int(layer.slots_per_head.sum()) for layer in cache.layers) == most // 2 * 4
     assert not cache._shared.again._passes
@@ -183,7 +227,7 @@ def test_nothing_is_left_behind():
 def test_long_prompts_show_a_progress_bar(monkeypatch, capsys):
     monkeypatch.setattr(again, "SHOWN_FROM", 30)
     model = llama()
-    model(prompt(40), **cache_argument(kvzip(model, compression_ratio=0.5)))
+    model(prompt(40), **cache_argument(rereading(model, compression_ratio=0.5)))
     assert "reading again: 100%" in capsys.readouterr().err
 
 

@@ -17,7 +17,7 @@ from merging_cache.calibration.gates import RIDGES, Lesson, fit_linear, fit_mlp
 from merging_cache.calibration.teacher import LEAST, read_twice, taught
 from merging_cache.evaluation.haystack import fitting_text, reference_prose
 from merging_cache.model import cache_argument
-from merging_cache.scorers import KVzapScorer, KVzipScorer
+from merging_cache.scorers import KVzapScorer, LeaveOneOutScorer
 from merging_cache.scorers.kvzap import gate as run
 from models import greedy, tiny_config, tiny_model
 from needle_tasks import make_context
@@ -81,20 +81,20 @@ def test_what_is_fitted_on_is_not_measured_on():
 
 
 @torch.no_grad()
-def test_the_lesson_is_kvzips(needle, tmp_path, monkeypatch):
-    """The largest attention of a second reading, and the attention's input."""
+def test_the_lesson_is_what_leaving_out_changes(needle, tmp_path, monkeypatch):
+    """The scores of a second reading, and the attention's input."""
     model, tokenizer = needle
     ids = tokenizer(make_context(random.Random(0), 60, pairs=4).text, return_tensors="pt").input_ids[:, :60]
     read_twice(model, ids, 20, 5, tmp_path / "one.safetensors")
-    shown, inputs, score = [], [], KVzipScorer.score
-    monkeypatch.setattr(KVzipScorer, "score", lambda *args: shown.append(score(*args)) or shown[-1])
+    shown, inputs, score = [], [], LeaveOneOutScorer.score
+    monkeypatch.setattr(LeaveOneOutScorer, "score", lambda *args: shown.append(score(*args)) or shown[-1])
     hooks = [
         layer.self_attn.register_forward_pre_hook(
             lambda _, args, kwargs: inputs.append(kwargs["hidden_states"][0]), with_kwargs=True
         )
         for layer in model.model.layers
     ]
-    cache = MergingDynamicCache(model=model, scorer="kvzip", budget="uniform", merger="drop")
+    cache = MergingDynamicCache(model=model, scorer="leave_one_out", budget="uniform", merger="drop")
     model(ids, **cache_argument(cache))
     cache.release()
     for hook in hooks:

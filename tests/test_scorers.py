@@ -16,13 +16,14 @@ from merging_cache.scorers import (
     CURScorer,
     KVzipScorer,
     LagKVScorer,
+    LeaveOneOutScorer,
     RandomScorer,
     SnapKVScorer,
     StreamingLLMScorer,
     TOVAScorer,
 )
 from merging_cache.scorers.attention import attention_tiles
-from merging_cache.states import Again
+from merging_cache.states import Again, Projected
 
 pytestmark = pytest.mark.core
 
@@ -48,21 +49,28 @@ class Attention(torch.nn.Module):
         self.o_proj = torch.nn.Linear(heads * dim, 8)
 
 
-def random_states(length, batch=2, heads=3, dim=6, dtype=torch.float32):
+def random_states(length, batch=2, heads=3, dim=6, dtype=torch.float32, module=Attention):
     """Keys and values, the queries of two heads for each KV head, and all else a scorer may ask for."""
     keys, values = torch.randn(batch, heads, length, dim).to(dtype), torch.randn(batch, heads, length, dim).to(dtype)
     queries = torch.randn(batch, 2 * heads, length, dim).to(dtype)
     rotary = Rotary(LlamaRotaryEmbedding(LlamaConfig(head_dim=dim)), {}, lambda x, cos, sin: apply(x, x, cos, sin)[0])
-    return LayerStates(
+    weights, outputs = torch.rand(batch, heads, 2, 5, length).to(dtype), torch.randn(batch, heads, 2, 5, dim).to(dtype)
+    states = LayerStates(
         keys,
         values,
         queries=queries,
         query_positions=torch.arange(length),
-        again=Again(torch.rand(batch, heads, 2, 5, length).to(dtype), torch.rand(batch, 5) + 0.5),
-        module=Attention(2 * heads, dim),
+        again=Again(weights, torch.rand(batch, 5) + 0.5, outputs, torch.rand(batch, 5) + 0.5),
+        module=module(2 * heads, dim),
         rotary=rotary,
         layer_idx=0,
     )
+    return seen_again(states)
+
+
+def seen_again(states, **again):
+    """With something else of what was read again, as it is seen through the output projection."""
+    return replace(states, again=replace(states.again, **again, projected=Projected.of(states)))
 
 
 def score(scorer, states):
@@ -89,7 +97,8 @@ def test_half_precision_is_scored_in_fp32(name, dtype):
     states = random_states(40, dtype=dtype)
     scorer = SCORERS[name](**({"seed": 3} if name == "random" else {}))
     wide = {name: getattr(states, name).float() for name in ("keys", "values", "queries")}
-    wide = replace(states, again=replace(states.again, weights=states.again.weights.float()), **wide)
+    again = {name: getattr(states.again, name).float() for name in ("weights", "outputs")}
+    wide = seen_again(replace(states, **wide), **again)
     narrow = score(scorer, states)
     assert narrow.dtype == torch.float32
     assert torch.equal(narrow, score(scorer, wide))
@@ -100,7 +109,8 @@ def test_rows_do_not_see_each_other(name):
     states = random_states(300)
     scorer = SCORERS[name](**({"seed": 3} if name == "random" else {}))
     first = states.select(torch.tensor([0]), torch.arange(300))
-    first = replace(first, again=Again(states.again.weights[:1], states.again.norms[:1]))
+    again = {name: getattr(states.again, name)[:1] for name in ("weights", "norms", "outputs", "lengths")}
+    first = seen_again(first, **again)
     torch.testing.assert_close(score(scorer, states)[:1], score(scorer, first), rtol=1e-4, atol=1e-5)
 
 
@@ -147,16 +157,42 @@ def test_attention_tiles_do_not_depend_on_their_size(monkeypatch):
     assert torch.equal(whole.sum(-1).round(decimals=4), torch.ones(2, 3, 2, 40))
 
 
-@pytest.mark.parametrize("plus", [False, True])
-def test_kvzip_equals_loops_whatever_it_is_shown_at_a_time(plus):
-    states = random_states(13)
-    scorer, weights, norms = KVzipScorer(plus=plus), states.again.weights, states.again.norms
-    expected = reference.kvzip(states, plus)
+READING_AGAIN = {
+    "kvzip": (KVzipScorer(), partial(reference.kvzip, plus=False)),
+    "kvzip plus": (KVzipScorer(plus=True), partial(reference.kvzip, plus=True)),
+    "leave_one_out": (LeaveOneOutScorer(), reference.leave_one_out),
+}
+
+
+@pytest.mark.parametrize("name", READING_AGAIN)
+def test_what_is_read_again_equals_loops_whatever_is_shown_at_a_time(name):
+    states, (scorer, formula) = random_states(13), READING_AGAIN[name]
+    weights, norms, outputs, lengths = (getattr(states.again, of) for of in ("weights", "norms", "outputs", "lengths"))
+    expected = formula(states)
     torch.testing.assert_close(score(scorer, states), expected, rtol=1e-4, atol=1e-6)
     for one in range(5):
-        again = Again(weights[:, :, :, one : one + 1], norms[:, one : one + 1])
+        part = slice(one, one + 1)
+        again = Again(weights[:, :, :, part], norms[:, part], outputs[:, :, :, part], lengths[:, part])
+        again = replace(again, projected=states.again.projected)
         states = replace(states, statistics=scorer.observe_again(replace(states, again=again)))
     torch.testing.assert_close(scorer.score(states), expected, rtol=1e-4, atol=1e-6)
+
+
+class Quantized(Attention):
+    """An attention module whose output projection cannot be read."""
+
+    def __init__(self, heads, dim):
+        super().__init__(heads, dim)
+        self.o_proj.weight = torch.nn.Parameter(self.o_proj.weight.mul(99).to(torch.int8), requires_grad=False)
+
+
+def test_heads_are_seen_as_they_are_where_the_output_projection_cannot_be_read():
+    states = random_states(13, module=Quantized)
+    expected = reference.leave_one_out(states, torch.eye(36))
+    torch.testing.assert_close(score(LeaveOneOutScorer(), states), expected, rtol=1e-4, atol=1e-6)
+    outputs = states.again.outputs
+    whole = outputs.movedim(3, 1).flatten(2).norm(dim=-1)  # of all heads side by side
+    torch.testing.assert_close(states.again.projected.lengths(outputs, lambda one: one), whole)
 
 
 def test_random_is_reproducible_and_differs_between_layers():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..stage import check_calibrated_for, option
-from ..states import LayerStates, Statistics, Survivors, drawn_again
+from ..states import LayerStates, Statistics, Survivors, changes_left_out
 from .base import Budget
 from .uniform import UniformBudget
 
@@ -24,12 +24,12 @@ class ProfileBudget(Budget):
 
     How many tokens a head needs is a property of the model, which hardly differs from text to text. It is found once
     for each model: after the first prompt the cache has the model read `probe_tokens` from its middle again, from where
-    it stands behind the prompt. The later half of them, where the model has got into the text, is scored by the largest
-    attention that they draw then (as in KVzip, arXiv:2505.23416), and one threshold over all layers and heads gives
-    each head its fraction, whatever the ratio. Later caches of the model know it before they read, so their layers fold
-    one by one as they are read, and with `max_tokens` a row gives what it gives alone. A shorter prompt speaks for
-    itself, and what comes after it is added until there are as many tokens. All heads together keep what the ratio
-    says, or a slot less in each layer; less, too, where a short first piece of a prompt said something else.
+    it stands behind the prompt. The later half of them, where the model has got into the text, is scored by how much
+    the layers' outputs would change without each (as by `leave_one_out`), and one threshold over all layers and heads
+    gives each head its fraction, whatever the ratio. Later caches of the model know it before they read, so their
+    layers fold one by one as they are read, and with `max_tokens` a row gives what it gives alone. A shorter prompt
+    speaks for itself, and what comes after it is added until there are as many tokens. All heads together keep what the
+    ratio says, or a slot less in each layer; less, too, where a short first piece of a prompt said something else.
 
     Args:
         weights: the folder of a calibration (`calibrate`), whose profile is taken; then nothing is read again.
@@ -49,6 +49,8 @@ class ProfileBudget(Budget):
     @property
     def reads_again(self) -> bool:
         return not self.weights
+
+    needs_outputs = reads_again
 
     def check_model(self, config: Any, layers: Sequence[int]) -> None:
         if self.weights:
@@ -78,7 +80,7 @@ class ProfileBudget(Budget):
         return self.probe_tokens - self.probe_tokens // 2
 
     def observe_again(self, states: LayerStates) -> Statistics:
-        return Statistics(tokens=drawn_again(states))
+        return Statistics(tokens=changes_left_out(states))
 
     def allocate(self, scores: Tensor, states: LayerStates, num_slots: int) -> Survivors:
         if states.head_shares is None:

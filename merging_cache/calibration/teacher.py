@@ -12,15 +12,15 @@ from transformers import PreTrainedModel
 from ..budgets.profile import table_of
 from ..cache import MergingDynamicCache
 from ..model import cache_argument
-from ..scorers import KVzipScorer
+from ..scorers import LeaveOneOutScorer
 from ..states import LayerStates, Statistics
 
-LEAST = 1e-7  # the smallest attention weight that is told from none
+LEAST = 1e-8  # the smallest score that is told from none
 Take = Callable[[int, Tensor, Tensor], None]
 
 
-class Teacher(KVzipScorer):
-    """KVzip's scores, handed on together with the hidden states of the tokens.
+class Teacher(LeaveOneOutScorer):
+    """What leaving out a token changes, handed on together with the hidden states of the tokens.
 
     Args:
         take: called for each layer with its index, `[L, hidden]` and `[H, L]`.

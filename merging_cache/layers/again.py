@@ -49,7 +49,7 @@ class AgainLayer(DynamicLayer):
         Pass(self, self._layer.layer_idx, keys.shape[2], *slots, shows_weights=True).announce(keys)
         return keys, values
 
-    def watch(self, key: Tensor, hidden_states: Tensor | None) -> Callable[[Tensor, slice], None]:
+    def watch(self, key: Tensor, hidden_states: Tensor | None) -> Callable[[Tensor, Tensor, slice], None]:
         """What the attention of the pass is to be shown to, see `FoldingLayer.watch_again`."""
         return self._layer.watch_again(key, *self._shown, self._told, hidden_states)
 

@@ -15,7 +15,7 @@ from ..budgets import Budget
 from ..budgets.profile import HeadShares
 from ..fold import check_finite
 from ..mergers import Merger
-from ..states import Again, LayerStates, Slots, Statistics, Tally
+from ..states import Again, LayerStates, Projected, Slots, Statistics, Tally
 from ..storage import store
 from .guards import Guards
 from .joint import JointFold, Scored
@@ -97,7 +97,7 @@ class FoldingLayer(StoredLayer):
         values: Tensor,
         there: Tensor | None,
         hidden_states: Tensor | None,
-    ) -> Callable[[Tensor, slice], None]:
+    ) -> Callable[[Tensor, Tensor, slice], None]:
         """Have the stages that want it look at tokens that are read again.
 
         Args:
@@ -110,14 +110,18 @@ class FoldingLayer(StoredLayer):
             hidden_states: `[B, q, hidden]`, the attention's input, where someone asked for it.
 
         Returns:
-            what is to be called with attention weights `[B, Hq, m, n + q]` and which m of the q tokens they are of.
+            what is to be called with attention weights `[B, Hq, m, n + q]`, what is read by them `[B, Hq, m, D]`, and
+            which m of the q tokens they are of.
         """
         self.guards.check_hidden_states(hidden_states)
         fold, states = self._shared.fold, self._states(keys, values)
         states = states if columns is None else states.at(columns)
         norms = None if hidden_states is None else torch.linalg.vector_norm(hidden_states.float(), dim=-1)
 
-        def watch(weights: Tensor, part: slice) -> None:
+        with self._in_full_precision():
+            projected = Projected.of(states) if fold.needs_outputs else None
+
+        def watch(weights: Tensor, outputs: Tensor, part: slice) -> None:
             nonlocal states
             by_head = by_stored_head(weights.detach(), key, given)
             self.guards.check_comparable(by_head, key, given)
@@ -126,6 +130,10 @@ class FoldingLayer(StoredLayer):
                 by_head = by_head * there[:, None, None, part, None].to(by_head.device)
             again = Again(by_head, None if norms is None else norms[:, part])
             with self._in_full_precision():
+                if projected is not None:
+                    read = by_stored_head(outputs.detach(), key, given).unflatten(1, (keys.shape[1], -1))
+                    lengths = projected.lengths(read, self._shared.link.summed)
+                    again = replace(again, outputs=read, lengths=lengths, projected=projected)
                 drawn = fold.observe_again(replace(states, again=again))
             states = replace(states, remembered={**states.remembered, **drawn})
             if columns is not None:

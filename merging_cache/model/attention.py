@@ -44,7 +44,7 @@ class Pass:
             head has none), or `None` for nothing.
         shows_weights: whether the layer is to be shown the attention's weights. Then its `watch` is called before, with
             the keys of the attention and its input, and what that returns for some of the queries at a time, with their
-            weights `[B, Hq, m, L]` and the slice that says which queries these are.
+            weights `[B, Hq, m, L]`, what they read `[B, Hq, m, D]`, and the slice that says which queries these are.
     """
 
     layer: Any
@@ -226,7 +226,7 @@ def eager_attention(module: torch.nn.Module) -> Callable[..., tuple[Tensor, Tens
 
 
 def _show_weights(
-    shown: Callable[[Tensor, slice], None],
+    shown: Callable[[Tensor, Tensor, slice], None],
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -247,7 +247,7 @@ def _show_weights(
         part = slice(first, min(first + step, num_queries))
         mine = {name: _of_queries(one, part, num_queries) for name, one in kwargs.items()}
         output, weights = eager(module, query[:, :, part], key, value, mask[:, :, part], *args, **mine)
-        shown(weights, part)
+        shown(weights, output.transpose(1, 2), part)
         outputs.append(output)
     return torch.cat(outputs, dim=1), None
 

@@ -17,11 +17,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from .attention import PREFIX, forget_hidden_states, keep_hidden_states, register
+from .parallel import summed, tensor_parallel_group
 
 _links: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the config of a linked model's decoder to its ModelLink
 _links_lock = threading.RLock()
@@ -111,6 +113,10 @@ class Link:
     def decoder(self) -> torch.nn.Module | None:
         """The part of the linked model that has layers; `None` where it is not linked."""
         return None if self.model is None else self.model.get_decoder()
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """What the processes that share the heads of each layer hold, added up."""
+        return summed(tensor, tensor_parallel_group(self.model))
 
     def release(self, model: PreTrainedModel | None) -> None:
         """Put the model back as it was before it was linked, unless another cache or a `with` block still needs it.

@@ -14,6 +14,7 @@ from .kvpress import KVPressScorer
 from .kvzap import KVzapScorer
 from .kvzip import KVzipScorer
 from .lagkv import LagKVScorer
+from .leave_one_out import LeaveOneOutScorer
 from .leverage import LeverageScorer
 from .non_causal import NonCausalScorer
 from .observed_attention import ObservedAttentionScorer
@@ -38,6 +39,7 @@ SCORERS |= {
     "kvzap": KVzapScorer,
     "kvzip": KVzipScorer,
     "lagkv": LagKVScorer,
+    "leave_one_out": LeaveOneOutScorer,
     "leverage": LeverageScorer,
     "non_causal": NonCausalScorer,
     "observed_attention": ObservedAttentionScorer,
@@ -66,6 +68,7 @@ __all__ = [
     "KeyDiffScorer",
     "KnormScorer",
     "LagKVScorer",
+    "LeaveOneOutScorer",
     "LeverageScorer",
     "NonCausalScorer",
     "ObservedAttentionScorer",

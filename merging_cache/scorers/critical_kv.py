@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from ..stage import option
-from ..states import TILE, LayerStates, top_tokens
+from ..states import TILE, LayerStates, output_projection, top_tokens
 from .wrapper import WrappingScorer
-
-PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj_out", "proj")
 
 
 @dataclass
@@ -47,6 +45,12 @@ class CriticalKVScorer(WrappingScorer):
 def projected_norms(states: LayerStates, order: int) -> Tensor:
     """`[B, H, G, L]`, the norm of this order of each value after the part of the output projection of a query head."""
     weight = output_projection(states)  # [H, G, D, hidden]
+    if weight is None:
+        raise ValueError(
+            f"{type(states.module).__name__} has no output projection that takes the values "
+            f"{tuple(states.values.shape)} of layer {states.layer_idx}, or its weight cannot be read, such as where it "
+            "is quantized or offloaded; use another scorer than critical_kv, and kvzip without plus"
+        )
     (batch, heads, length), group = states.values.shape[:3], weight.shape[1]
     norms = torch.zeros((batch, heads, group, length), device=states.values.device)
     step = max(1, TILE // (batch * weight.shape[-1]))
@@ -56,28 +60,3 @@ def projected_norms(states: LayerStates, order: int) -> Tensor:
             for number, part in enumerate(weight[head]):
                 norms[:, head, number, start : start + step] = torch.linalg.vector_norm(values @ part, order, dim=-1)
     return norms
-
-
-def output_projection(states: LayerStates) -> Tensor:
-    """`[H, G, D, hidden]` in fp32, the parts of the output projection that belong to these KV heads."""
-    module, dim = states.module, states.values.shape[3]
-    for name in PROJECTIONS:
-        layer = getattr(module, name, None)
-        weight = getattr(layer, "weight", None)
-        if weight is None or weight.dim() != 2 or not weight.is_floating_point():
-            continue
-        if weight.is_meta:
-            raise ValueError(
-                f"the output projection of {type(module).__name__} is offloaded, so critical_kv cannot look at it; use "
-                "another scorer, or keep the layer's weights on a device"
-            )
-        if isinstance(layer, torch.nn.Linear):
-            weight = weight.mT
-        num_heads = states.keys.shape[1] if states.num_heads is None else states.num_heads
-        if weight.shape[0] % (num_heads * dim) == 0:
-            parts = weight.detach().float().to(states.values.device).unflatten(0, (num_heads, -1, dim))
-            return parts if states.heads is None else parts[states.heads.to(parts.device)]
-    raise ValueError(
-        f"{type(module).__name__} has no output projection (one of {', '.join(PROJECTIONS)}) that takes the values "
-        f"{tuple(states.values.shape)} of layer {states.layer_idx}; use another scorer than critical_kv"
-    )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..stage import option
-from ..states import LayerStates, Statistics, drawn_again
+from ..states import LayerStates, Statistics
 from .base import Scorer, remembered
 from .critical_kv import projected_norms
 
@@ -46,10 +46,12 @@ class KVzipScorer(Scorer):
         return self.plus
 
     def observe_again(self, states: LayerStates) -> Statistics:
+        weights = states.again.weights
         if not self.plus:
-            return Statistics(tokens=drawn_again(states))
-        weights = states.again.weights.float() / states.again.norms[:, None, None, :, None]
-        drawn = weights.amax(dim=3).movedim(2, 3)  # [B, H, L, G], since what is kept is kept for each token
+            drawn = weights.flatten(2, 3).amax(dim=2).float()
+            return Statistics(tokens=torch.maximum(drawn, remembered(states)))
+        drawn = (weights.float() / states.again.norms[:, None, None, :, None]).amax(dim=3)
+        drawn = drawn.movedim(2, 3)  # [B, H, L, G], since what is kept is kept for each token
         return Statistics(tokens=torch.maximum(drawn, remembered(states, drawn.shape[3])))
 
     def score(self, states: LayerStates) -> Tensor:

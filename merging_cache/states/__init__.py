@@ -3,8 +3,9 @@
 Plain tensors and nothing else: scorers, budgets and mergers know these records and torch, never transformers.
 """
 
-from .attention import drawn_again, group_logits
+from .attention import group_logits
 from .layer import TILE, Again, LayerStates, ReferenceQueries, Statistics, readers_of
+from .projection import Projected, changes_left_out, output_projection
 from .slots import ABSENT, DROPPED, Slots, Survivors, count_evicted, gather_tokens, holders_of, top_tokens
 from .tally import Tally
 
@@ -14,16 +15,18 @@ __all__ = [
     "TILE",
     "Again",
     "LayerStates",
+    "Projected",
     "ReferenceQueries",
     "Slots",
     "Statistics",
     "Survivors",
     "Tally",
+    "changes_left_out",
     "count_evicted",
-    "drawn_again",
     "gather_tokens",
     "group_logits",
     "holders_of",
+    "output_projection",
     "readers_of",
     "top_tokens",
 ]

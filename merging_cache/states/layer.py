@@ -94,10 +94,16 @@ class Again:
         weights: `[B, H, G, m, L]`, what each of m tokens gives of its attention to each stored token, for the G query
             heads that read a KV head, as the model's own attention computes it; 0 where there is no such token.
         norms: `[B, m]`, the length of the attention's input for each of the m, where a stage asked for that.
+        outputs: `[B, H, G, m, D]`, what each query head reads by all of its weights, where a stage asked for that.
+        lengths: `[B, m]`, the length of what the whole layer then adds.
+        projected: the values that the weights are for, as the layer's output projection sees them.
     """
 
     weights: Tensor
     norms: Tensor | None = None
+    outputs: Tensor | None = None
+    lengths: Tensor | None = None
+    projected: Any = None  # a `Projected`, which knows these records
 
 
 @dataclass(frozen=True)
