@@ -83,9 +83,10 @@ def calibrate(
 ) -> Calibration:
     """Learn what a model needs of its tokens: a gate for each layer that folds, and how much each head keeps.
 
-    The model reads excerpts of a text, each twice: what it attends to in the second reading (KVzip, arXiv:2505.23416)
-    is what a gate learns to tell from the attention's input alone (KVzap, arXiv:2601.07891), and one threshold over all
-    of it gives the fraction of its tokens that each head keeps at every ratio. Half of the excerpts stand in the
+    The model reads excerpts of a text, each twice: how much every layer's output would change in the second reading
+    without a token (`leave_one_out`) is what a gate learns to tell from the attention's input alone (as in KVzap,
+    arXiv:2601.07891), and one threshold over all of it gives the fraction of its tokens that each head keeps at every
+    ratio. Half of the excerpts stand in the
     model's chat template. Linear gates and small MLPs are fitted; the better kind on held-out text is kept.
 
     What was read is kept in `folder/unfinished` until all is done, so a run that was stopped goes on where it was.
@@ -204,7 +205,7 @@ def _check(
 
 def _read(model: PreTrainedModel, excerpts: list[Excerpt], folder: Path, seed: int, progress: bool) -> list[Path]:
     """The files that the excerpts were read into, now or before."""
-    read_before = hashlib.sha256(f"{model.dtype} {seed} {SAMPLE}".encode())
+    read_before = hashlib.sha256(f"leave_one_out {model.dtype} {seed} {SAMPLE}".encode())
     for name, parameter in model.named_parameters():  # a part of each tells models apart
         some = parameter.detach().flatten()[:64].float().cpu()
         read_before.update(name.encode() + str(tuple(parameter.shape)).encode() + some.numpy().tobytes())
@@ -279,7 +280,7 @@ def card(calibration: Calibration) -> str:
         f"Gates ({calibration.kind}) and a profile of {calibration.architecture} for merging_cache, learned from "
         f"{calibration.tokens:,} tokens of {calibration.text} in excerpts of "
         f"{', '.join(map(str, calibration.lengths))} tokens{framed}. The gates are in KVzap's format; they tell the "
-        "logarithm of the largest attention that a token draws in a second reading.",
+        "logarithm of how much the layer's output changes without a token in a second reading (`leave_one_out`).",
         "",
         f'    MergingDynamicCache(model=model, calibration="{calibration.folder.name}")',
         "",

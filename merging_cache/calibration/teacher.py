@@ -46,7 +46,7 @@ def read_twice(model: PreTrainedModel, input_ids: Tensor, sample: int, seed: int
     """Write what `sample` tokens of an excerpt teach, and what all of them say of the heads.
 
     The file holds of each layer i `inputs.{i}` `[n, hidden]` in 16 bits and `scores.{i}` `[n, H]`, the logarithms of
-    what each token drew, and `table` `[layers * H, STEPS + 1]`, the profile of the excerpt.
+    how much leaving each token out changes, and `table` `[layers * H, STEPS + 1]`, the profile of the excerpt.
     """
     length = input_ids.shape[1]
     generator = torch.Generator().manual_seed(seed)
