@@ -48,11 +48,11 @@ class CapScorer(Scorer):
         cosine = anchor @ unit(states.keys.float()).mT  # [B, H, G, L]
         highest = cosine.masked_fill(sinks.unsqueeze(2), -1.0).amax(dim=-1, keepdim=True)
         weights = (self.tau * (cosine - highest)).exp().masked_fill(sinks.unsqueeze(2), 0.0)
-        values, scores = states.values.float(), torch.zeros(states.keys.shape[:3], device=states.keys.device)
-        counted = values.masked_fill(sinks.unsqueeze(-1), 0.0)
-        for member in range(weights.shape[2]):
-            capacity = counted.mT @ (counted * (weights[:, :, member] + self.epsilon).unsqueeze(-1))
-            capacity.diagonal(dim1=-2, dim2=-1).add_(1.0)
-            leverage = (values * solve_positive_definite(capacity, values.mT).mT).sum(dim=-1)
-            scores += weights[:, :, member] * leverage
-        return (scores / weights.shape[2]).masked_fill(sinks, torch.inf)
+        values, members = states.values.float(), weights.unbind(dim=2)
+        counted, identity = values.masked_fill(sinks.unsqueeze(-1), 0.0), torch.eye(values.shape[3]).to(values)
+        capacity = [counted.mT @ (counted * (one + self.epsilon).unsqueeze(-1)) + identity for one in members]
+        capacity = torch.stack(capacity)
+        # the inverse once, and not a solution for every token
+        inverse = solve_positive_definite(capacity, identity.expand_as(capacity))
+        scores = sum(one * (values @ of_one * values).sum(dim=-1) for one, of_one in zip(members, inverse, strict=True))
+        return (scores / len(members)).masked_fill(sinks, torch.inf)
