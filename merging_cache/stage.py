@@ -84,7 +84,7 @@ class Stage:
         """
         raise NotImplementedError
 
-    def settle(self, statistics: Statistics, folded: Tensor) -> Statistics:
+    def settle(self, statistics: Statistics, folded: Tensor) -> Statistics | None:
         """What to go on remembering once a fold is done: all of it, or less where later folds can do with less.
 
         `folded` `[B]` says which rows lost tokens; the others have to stay as they are.

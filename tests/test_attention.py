@@ -68,9 +68,10 @@ def test_other_caches_pass_through_bit_for_bit(attention, inputs):
 def test_a_linked_cache_without_need_is_the_unlinked_one(attention):
     model, inputs = llama(attention), left_padded([40, 17, 3])
     mask = inputs["attention_mask"]
-    unlinked = MergingDynamicCache(config=model.config, merger="similarity", attention_mask=mask, **WINDOW)
+    options = {"scorer": "keydiff", "merger": "similarity", "budget": "uniform"} | WINDOW
+    unlinked = MergingDynamicCache(config=model.config, attention_mask=mask, **options)
     expected = greedy(model, inputs, **cache_argument(unlinked))
-    cache = linked(model, merger="similarity", budget="uniform")  # it learns the padding by itself
+    cache = linked(model, **options)  # it learns the padding by itself
     output = greedy(model, inputs, **cache_argument(cache))
     assert torch.equal(output.sequences, expected.sequences)
     for mine, theirs in zip(cache.layers, unlinked.layers, strict=True):
@@ -151,7 +152,7 @@ def test_ragged_attention_is_that_of_each_head_alone(budget, attention, quantize
     model = llama(attention)
     cache = linked(model, quantized, budget=RAGGED[budget], scorer="snapkv", merger="similarity")
     if budget == "threshold":
-        cache = linked(model, quantized, budget=RAGGED[budget], merger="similarity")
+        cache = linked(model, quantized, budget=RAGGED[budget], scorer="keydiff", merger="similarity")
     ids = prompt(60, batch=2)
     model(ids, **cache_argument(cache))
     counts = [layer.slots_per_head for layer in cache.layers]

@@ -123,7 +123,8 @@ def test_loops_are_released_and_reset_with_their_cache():
 def test_padding_reaches_every_loop(told):
     model, lengths = dory(), [30, 22]
     inputs = left_padded(lengths)
-    options = {"max_tokens": 12, "budget": "uniform", "merger": "similarity", "fold_at": "decode", **WINDOW}
+    options = {"scorer": "keydiff", "budget": "uniform", "merger": "similarity", "fold_at": "decode"}
+    options |= {"max_tokens": 12} | WINDOW
     named = {"model": model} if told == "by the link" else {"config": model.config}
     cache = MergingDynamicCache(**named, **options)
     position_ids = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)

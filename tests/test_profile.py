@@ -122,7 +122,7 @@ def test_a_part_sees_a_window_of_a_long_prompt(family, monkeypatch):
     model.model.layers[-1].self_attn.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((kwargs["hidden_states"], kwargs["position_embeddings"])), with_kwargs=True
     )
-    cache = profiled(model, compression_ratio=0.5)
+    cache = profiled(model, scorer="keydiff", compression_ratio=0.5)
     model(ids, **cache_argument(cache))
     middle = list(range(48, 72))
     kept = [place for place in range(120) if place < 4 or abs(place - 59) <= 20]

@@ -21,7 +21,7 @@ from merging_cache import SCORERS, LayerStates, MergingConfig, MergingDynamicCac
 from merging_cache.budgets import PyramidBudget
 from merging_cache.layers.guards import CROP_TAKES_LENGTH
 from merging_cache.model import cache_argument, can_link, linked_model, rotary_of
-from merging_cache.scorers import FastKVzipScorer, KVPressScorer, KVzapScorer, QFilterScorer
+from merging_cache.scorers import CapScorer, FastKVzipScorer, KVPressScorer, KVzapScorer, QFilterScorer
 from merging_cache.scorers.wrapper import WrappingScorer
 from merging_cache.states import Statistics
 from models import WINDOW, greedy, left_padded, llama, prompt
@@ -611,7 +611,7 @@ def test_the_probe_leaves_no_trace():
 
 
 @pytest.mark.parametrize(
-    "scorer", ["observed_attention", "expected_attention", "cap", "qfilter", {"name": "non_causal", "chunk_size": 16}]
+    "scorer", ["observed_attention", "expected_attention", "qfilter", {"name": "non_causal", "chunk_size": 16}]
 )
 @pytest.mark.parametrize("fold_at", ["prefill", "decode"])
 def test_statistics_are_bounded_and_follow_the_slots(scorer, fold_at):
@@ -633,6 +633,44 @@ def test_statistics_are_bounded_and_follow_the_slots(scorer, fold_at):
         after = layer._observed.statistics
         pairs = [*zip(after.queries, statistics.queries, strict=True), (after.tokens, statistics.tokens)]
         assert all(torch.equal(mine, theirs[[1, 1, 0]]) for mine, theirs in pairs if mine is not None)
+
+
+@torch.no_grad()
+def test_cap_goes_by_the_queries_since_the_last_fold(monkeypatch):
+    """So nothing is held after a fold, unless for rows that did not fold."""
+    counts, score = [], CapScorer.score
+    monkeypatch.setattr(
+        CapScorer, "score", lambda *args: counts.append(args[1].statistics.queries[0].flatten()) or score(*args)
+    )
+    model = llama()
+    cache = MergingDynamicCache(model=model, scorer="cap", budget="uniform", merger="drop", max_tokens=20, **WINDOW)
+    for number, length in enumerate((40, 25, 30)):
+        model(prompt(length, seed=number), **cache_argument(cache))
+        assert all(layer._observed.statistics is None for layer in cache.layers)
+    assert [count[0].item() for count in counts] == [36, 36, 25, 25, 30, 30]  # by layer; sinks do not count
+    cache.reset()
+    inputs = left_padded([40, 15])
+    position_ids = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    model(**inputs, position_ids=position_ids, **cache_argument(cache))
+    for layer in cache.layers:
+        assert layer._observed.statistics.queries[0].tolist() == [[[0.0]] * 4, [[11.0]] * 4]
+
+
+@torch.no_grad()
+def test_cap_does_without_rotary_embeddings():
+    """Models that have none, or one that cannot be made out, are as if nothing were ever rotated."""
+    states = LayerStates(torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8), queries=torch.randn(1, 4, 40, 8))
+    states = replace(states, query_positions=torch.arange(40)[None])
+    unmoved = types.SimpleNamespace(unrotated=lambda queries, _: queries, mean_rotated=lambda mean, *_: mean)
+    scores = []
+    for rotary in (None, unmoved):
+        states = replace(states, rotary=rotary)
+        scores.append(CapScorer().score(replace(states, statistics=CapScorer().observe(states, 40))))
+    assert torch.equal(*scores)
+    model = tiny_model("gpt2")
+    cache = MergingDynamicCache(model=model, scorer="cap", budget="uniform", max_tokens=20, **WINDOW)
+    model(prompt(50), **cache_argument(cache))
+    assert cache.layers[0].num_slots == 20
 
 
 def test_survivors_keep_their_statistics():

@@ -129,7 +129,8 @@ class Observed:
         if self.statistics is not None:
             self.remembered = self.remembered | {"scorer": replace(self.statistics, tokens=slots.statistics)}
         folded = ((slots.num_merged + slots.num_dropped) > 0).any(dim=1)
-        self.remembered = {name: fold.stages[name].settle(one, folded) for name, one in self.remembered.items()}
+        settled = {name: fold.stages[name].settle(one, folded) for name, one in self.remembered.items()}
+        self.remembered = {name: one for name, one in settled.items() if one is not None}
 
     @property
     def nbytes(self) -> int:

@@ -16,8 +16,9 @@ from .moments import by_kv_head, observe_moments, unit
 class CapScorer(Scorer):
     """Relevance to the mean query times the leverage of the value (CapKV, as in kvpress's `CapPress`).
 
-    With `q` the mean of the prompt's queries before RoPE (without the first `n_sink`), turned by the rotation averaged
-    over the next `n_future_positions`: `w = exp(tau (cos(q, k) - max))`, `A = I + sum (w + epsilon) v v'` over the
+    With `q` the mean of the queries since the last fold, before RoPE (without the first `n_sink`), turned by the
+    rotation averaged over the next `n_future_positions`, or as they are where the model has none that can be made out:
+    `w = exp(tau (cos(q, k) - max))`, `A = I + sum (w + epsilon) v v'` over the
     tokens, and a token scores `w v' A^-1 v`, averaged over the query heads of the group. The first `n_sink` tokens
     score highest.
 
@@ -28,8 +29,9 @@ class CapScorer(Scorer):
         epsilon: added to the weights inside A.
     """
 
+    default_budget = "profile"
     needs_queries = True
-    needs_rotary = True
+    uses_rotary = True
     query_window = 0
 
     tau: float = option(5.0, minimum=0)
@@ -40,10 +42,17 @@ class CapScorer(Scorer):
     def observe(self, states: LayerStates, new: int) -> Statistics:
         return Statistics(queries=observe_moments(states, new, self.n_sink, covariance=False))
 
+    def settle(self, statistics: Statistics, folded: Tensor) -> Statistics | None:
+        if bool(folded.all()):
+            return None
+        left = ~folded.view(-1, 1, 1)
+        return Statistics(queries=tuple(one * left for one in statistics.queries))
+
     def score(self, states: LayerStates) -> Tensor:
         _, mean = states.statistics.queries
-        anchor = states.rotary.mean_rotated(mean, states.seen, self.n_future_positions)
-        anchor = by_kv_head(unit(anchor), states.keys.shape[1])
+        if (rotary := states.rotary) is not None:
+            mean = rotary.mean_rotated(mean, states.seen, self.n_future_positions)
+        anchor = by_kv_head(unit(mean), states.keys.shape[1])
         sinks = states.positions < self.n_sink
         cosine = anchor @ unit(states.keys.float()).mT  # [B, H, G, L]
         highest = cosine.masked_fill(sinks.unsqueeze(2), -1.0).amax(dim=-1, keepdim=True)

@@ -21,7 +21,8 @@ def observe_moments(states: LayerStates, new: int, first_position: int, covarian
     """
     first = states.queries.shape[2] - new
     positions = states.query_positions[:, first:]
-    queries = states.rotary.unrotated(states.queries[:, :, first:], positions)
+    queries = states.queries[:, :, first:].float()
+    queries = queries if states.rotary is None else states.rotary.unrotated(queries, positions)
     queries = queries[:, :, positions[0] >= first_position]
     batch, heads, more, dim = queries.shape
     if states.statistics is None:

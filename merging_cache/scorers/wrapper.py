@@ -63,7 +63,7 @@ class WrappingScorer(Scorer):
     def observe_again(self, states: LayerStates) -> Statistics:
         return self.inner.observe_again(states)
 
-    def settle(self, statistics: Statistics, folded: Tensor) -> Statistics:
+    def settle(self, statistics: Statistics, folded: Tensor) -> Statistics | None:
         return self.inner.settle(statistics, folded)
 
     def score(self, states: LayerStates) -> Tensor:

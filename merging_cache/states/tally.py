@@ -27,7 +27,9 @@ class Tally:
         """The tally after a fold that left these slots."""
         merged, dropped, holders = slots.num_merged, slots.num_dropped, slots.holders
         if before is not None:
-            merged, dropped = before.num_merged + merged, before.num_dropped + dropped
+            merged, total = before.num_merged + merged, before.num_merged + before.num_dropped + merged + dropped
+            merged = merged.clamp_min(0)  # what a dropped slot stood for is known by its mass, which may be estimated
+            dropped = total - merged
         if holders is not None:
             holders = handed_on(None if before is None else before.holders, holders)
         return cls(merged, dropped, holders)
