@@ -92,20 +92,20 @@ def test_slots_are_the_mean_over_heads_of_different_lengths():
 
 
 @torch.no_grad()
-def test_it_says_which_merger_ran():
-    """`"auto"` is `mass` with the model and `drop` without, or where the model cannot be linked."""
+def test_it_says_which_stages_ran():
+    """`"auto"` is one thing with the model, and another without, or where the model cannot be linked."""
     model, ids = llama(), prompt(64)
     caches = {
-        "refit": MergingDynamicCache(model=model, **WINDOW),
-        "drop": MergingDynamicCache(config=model.config, **WINDOW),
-        "count(routing='distance')": MergingDynamicCache(
+        ("cap", "profile", "refit"): MergingDynamicCache(model=model, **WINDOW),
+        ("keydiff", "uniform", "drop"): MergingDynamicCache(config=model.config, **WINDOW),
+        ("cap", "profile", "count(routing='distance')"): MergingDynamicCache(
             model=model, merger={"name": "count", "routing": "distance"}, **WINDOW
         ),
     }
-    for merger, cache in caches.items():
+    for (scorer, budget, merger), cache in caches.items():
         model(ids, **cache_argument(cache))
-        assert [row.merger for row in cache.report().layers] == [merger, merger]
-        assert str(cache.report()).splitlines()[2].endswith(merger)
+        assert [(row.scorer, row.budget, row.merger) for row in cache.report().layers] == [(scorer, budget, merger)] * 2
+        assert str(cache.report()).splitlines()[2].split()[-3:] == [scorer, budget, merger]
         assert (cache.layers[0].log_mass is None) == (merger == "drop")
     with merging_attention(model):
         assert MergingDynamicCache(config=model.config).layers[0].merger == DropMerger()

@@ -15,6 +15,7 @@ from ..budgets import Budget
 from ..budgets.profile import HeadShares
 from ..fold import check_finite
 from ..mergers import Merger
+from ..scorers import Scorer
 from ..states import Again, LayerStates, Projected, Slots, Statistics, Tally
 from ..storage import store
 from .guards import Guards
@@ -64,6 +65,11 @@ class FoldingLayer(StoredLayer):
         self._asked_again: Tensor | None = None  # [B, seen] bool, the tokens that tell something when read again
         self._last_pass: tuple[int, Observed] | None = None  # its length and what was observed before, to undo it
         self._observed = Observed()
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """What says how important the tokens of this layer are; `None` where all stay."""
+        return None if self._shared.config.compression_ratio == 0 else self._shared.fold.scorer
 
     @property
     def budget(self) -> Budget | None:

@@ -10,10 +10,12 @@ from torch import Tensor
 from ..budgets import BUDGETS
 from ..layers import MergingLayer
 from ..mergers import MERGERS, QUERY_SOURCES
+from ..scorers import SCORERS
 from ..stage import summarize_stage
 from .picture import plot_merges
 
-COLUMNS = ("layer", "kind", "seen", "slots", "merged", "dropped", "bytes", "DynamicCache", "share", "budget", "merger")
+COLUMNS = ("layer", "kind", "seen", "slots", "merged", "dropped", "bytes", "DynamicCache", "share")
+COLUMNS += ("scorer", "budget", "merger")
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class LayerReport:
             drops with their slot count as dropped.
         bytes_now: bytes held, positions and scales included.
         bytes_full: bytes that `DynamicCache` would hold.
-        budget, merger: how slots are shared, and what becomes of the evicted, with the options that are not their
-            defaults; `"-"` where nothing folds.
+        scorer, budget, merger: what is important, how slots are shared, and what becomes of the evicted, with the
+            options that are not their defaults; `"-"` where nothing folds.
     """
 
     layer: int | str
@@ -42,6 +44,7 @@ class LayerReport:
     tokens_dropped: float
     bytes_now: int
     bytes_full: int
+    scorer: str = ""
     budget: str = ""
     merger: str = ""
 
@@ -57,6 +60,7 @@ class LayerReport:
             f"{self.bytes_now:,}",
             f"{self.bytes_full:,}",
             f"{self.bytes_now / self.bytes_full:.3f}" if self.bytes_full else "-",
+            self.scorer,
             self.budget,
             self.merger,
         ]
@@ -124,6 +128,7 @@ def report_layer(index: int, layer: Any) -> LayerReport:
             tokens_dropped=mean_count(layer.num_dropped),
             bytes_now=layer.nbytes,
             bytes_full=layer.full_nbytes,
+            scorer="-" if layer.scorer is None else summarize_stage(layer.scorer, SCORERS),
             budget="-" if layer.budget is None else summarize_stage(layer.budget, BUDGETS),
             merger="-" if layer.merger is None else summarize_stage(layer.merger, MERGERS | QUERY_SOURCES),
         )
@@ -131,7 +136,7 @@ def report_layer(index: int, layer: Any) -> LayerReport:
     keys = getattr(layer, "keys", None)
     stored = keys.shape[-2] if keys is not None and keys.dim() == 4 else 0
     seen = layer.get_seq_length() if stored else 0
-    return LayerReport(index, type(layer).__name__, seen, stored, 0.0, 0.0, nbytes, nbytes, "-", "-")
+    return LayerReport(index, type(layer).__name__, seen, stored, 0.0, 0.0, nbytes, nbytes, "-", "-", "-")
 
 
 def held_tensors(layer: Any) -> list[Tensor]:
