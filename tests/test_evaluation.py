@@ -312,21 +312,24 @@ def test_tensor_parallel_gives_what_one_process_gives(tmp_path):
 
     At the end they leave their group: one whose gloo threads still run when Python exits is aborted, now and then.
     """
-    _, module, *options = command(tmp_path, "--tp-plan", "auto", "--budgets", "uniform", "global")
+    _, module, *options = command(tmp_path, "--tp-plan", "auto", "--budgets", "uniform", "global", "profile")
     script = tmp_path / "run.py"
     script.write_text(
         f"from torch import distributed\nfrom {module}.__main__ import main\n"
         f"main({options!r})\nassert not distributed.is_initialized()\n"
     )
     launch("torchrun", "--standalone", "--nproc-per-node", "2", str(script))
-    alone = Evaluation(EvaluationConfig(**SMALL | {"budgets": ["uniform", "global"]}))
+    alone = Evaluation(EvaluationConfig(**SMALL | {"budgets": ["uniform", "global", "profile"]}))
     alone.run(progress=False)
     expected, found = measured(alone), by_example(read_lines(tmp_path)[1:])
     assert found.keys() == expected.keys()
     for key, row in found.items():
+        near = {"rel": 1e-3, "abs": 1e-4}
+        if "profile" in str(key):  # each process rounds the slots of its own heads
+            near = {"rel": 0.02, "abs": 0.02}
         for name, value in row.items():
             alone = expected[key][name]
-            assert value == (alone if name == "prediction" else pytest.approx(alone, rel=1e-3, abs=1e-4))
+            assert value == (alone if name == "prediction" else pytest.approx(alone, **near))
 
 
 def test_evaluations_on_one_machine_share_its_cores(tmp_path):

@@ -25,6 +25,8 @@ def output_projection(states: LayerStates) -> Tensor | None:
         weight = getattr(layer, "weight", None)
         if weight is None or weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
             continue
+        if hasattr(weight, "to_local"):  # the heads of this process, where several share the layer
+            weight = weight.to_local()
         weight = weight.mT if isinstance(layer, torch.nn.Linear) else weight
         if weight.shape[0] % (num_heads * dim) == 0:
             parts = weight.detach().float().to(states.values.device).unflatten(0, (num_heads, -1, dim))
