@@ -58,7 +58,8 @@ class CapScorer(Scorer):
         highest = cosine.masked_fill(sinks.unsqueeze(2), -1.0).amax(dim=-1, keepdim=True)
         weights = (self.tau * (cosine - highest)).exp().masked_fill(sinks.unsqueeze(2), 0.0)
         values, members = states.values.float(), weights.unbind(dim=2)
-        counted, identity = values.masked_fill(sinks.unsqueeze(-1), 0.0), torch.eye(values.shape[3]).to(values)
+        counted = values.masked_fill(sinks.unsqueeze(-1), 0.0)
+        identity = torch.eye(values.shape[3], device=values.device)
         capacity = [counted.mT @ (counted * (one + self.epsilon).unsqueeze(-1)) + identity for one in members]
         capacity = torch.stack(capacity)
         # the inverse once, and not a solution for every token
