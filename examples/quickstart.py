@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument(
         "--ratios", type=float, nargs="+", default=[0.5, 0.75], help="shares of tokens that lose their slot"
     )
-    parser.add_argument("--scorer", default="auto")
+    parser.add_argument("--scorer", default="keydiff")
     parser.add_argument("--budget", default="auto")
     parser.add_argument("--merger", default="auto")
     parser.add_argument("--quantize", help="a storage, such as quanto-4 or fp8")

@@ -15,7 +15,7 @@ from torch import Tensor
 from .budgets import BUDGETS, AutoBudget, Budget
 from .fold import Fold
 from .mergers import MERGERS, QUERY_SOURCES, Merger
-from .scorers import SCORERS, AutoScorer, Scorer, build_scorer
+from .scorers import SCORERS, Scorer, build_scorer
 from .stage import FACTS_FILE, Spec, build_stage, check_choice, check_number, describe_stage, summarize_stage
 from .states import LayerStates
 
@@ -30,8 +30,7 @@ class MergingConfig:
 
     Args:
         scorer: what is important: a name of `SCORERS`, a dict `{"name": ..., **options}`, a `Scorer`, or any callable
-            `LayerStates -> [B, H, L]`. `"auto"` is `"cap"` where the cache is given the model, `"keydiff"` where it is
-            given its config only or the model cannot be linked.
+            `LayerStates -> [B, H, L]`.
         compression_ratio: fraction of the seen tokens that loses its slot, in [0, 1): a fold leaves every head
             `max(1, floor(seen * (1 - compression_ratio)))` slots. 0.5 unless `max_tokens` is given; 0 folds nothing.
         max_tokens: instead of a ratio, at most this many slots per head after a fold.
@@ -64,7 +63,7 @@ class MergingConfig:
         True
     """
 
-    scorer: Spec | Scorer | Callable[[LayerStates], Tensor] = "auto"
+    scorer: Spec | Scorer | Callable[[LayerStates], Tensor] = "keydiff"
     compression_ratio: float | None = None
     max_tokens: int | None = None
     budget: Spec | Budget = "auto"
@@ -112,12 +111,14 @@ class MergingConfig:
             sink_tokens=self.sink_tokens,
             recent_tokens=self.recent_tokens,
         )
-        folds = {}
-        for linked, rereadable in itertools.product((False, True), repeat=2):
-            scorer = fold.scorer.resolve(linked)
-            budget = fold.budget.resolve(linked, rereadable, scorer.default_budget)
-            resolved = dataclasses.replace(fold, scorer=scorer, budget=budget, merger=fold.merger.resolve(linked))
-            folds[linked, rereadable] = resolved
+        folds = {
+            (linked, rereadable): dataclasses.replace(
+                fold,
+                budget=fold.budget.resolve(linked, rereadable, fold.scorer.default_budget),
+                merger=fold.merger.resolve(linked),
+            )
+            for linked, rereadable in itertools.product((False, True), repeat=2)
+        }
         object.__setattr__(self, "_folds", folds)
 
     def _calibrated(self, field: str, name: str) -> Any:
@@ -147,11 +148,10 @@ class MergingConfig:
     @property
     def label(self) -> str:
         """What tables call it, options that are the defaults left out: `"snapkv adakv mass 75%"`."""
-        scorer = build_scorer(self.scorer)
-        budget = build_stage("budget", self.budget, BUDGETS, Budget)
         is_calibrated = self._calibrated("scorer", "kvzap") is not self.scorer
+        budget = build_stage("budget", self.budget, BUDGETS, Budget)
         stages = [
-            "calibrated" * is_calibrated if isinstance(scorer, AutoScorer) else summarize_stage(scorer, SCORERS),
+            "calibrated" if is_calibrated else summarize_stage(build_scorer(self.scorer), SCORERS),
             "" if isinstance(budget, AutoBudget) else summarize_stage(budget, BUDGETS),
             summarize_stage(build_stage("merger", self.merger, MERGERS, Merger), MERGERS | QUERY_SOURCES),
         ]

@@ -312,7 +312,7 @@ def test_compare_is_what_each_cache_loses_by_itself(question):
     found = compare(network, read, configs, question=question, following=follows, progress=False)
     window = " sink_tokens=2 recent_tokens=6"
     names = ["full cache", f"keydiff auto 50%{window}", f"snapkv drop 75%{window}"]
-    names += [f"auto 50%{window} fp8", "DynamicCache"]
+    names += [f"keydiff auto 50%{window} fp8", "DynamicCache"]
     assert [one.name for one in found.caches] == names
     full, first, *_, again = found.caches
     assert (again.loss, again.divergence, again.agreement, again.share) == (full.loss, 0, 1, 1)
@@ -346,7 +346,7 @@ def test_compare_folds_what_would_wait():
     _, one, other, again = found.caches
     assert (one.loss, one.nbytes) == (other.loss, other.nbytes)
     assert one.divergence > 0
-    names = ["auto 50% sink_tokens=2 recent_tokens=6 (1)", "auto 50% sink_tokens=2 recent_tokens=6 (2)"]
+    names = ["keydiff auto 50% sink_tokens=2 recent_tokens=6 (1)", "keydiff auto 50% sink_tokens=2 recent_tokens=6 (2)"]
     assert [one.name, again.name] == names
     assert other.name.endswith("fold_at=decode")
     used = MergingDynamicCache(config=network.config)

@@ -93,13 +93,13 @@ def test_slots_are_the_mean_over_heads_of_different_lengths():
 
 @torch.no_grad()
 def test_it_says_which_stages_ran():
-    """`"auto"` is one thing with the model, and another without, or where the model cannot be linked."""
+    """The defaults are one thing with the model, and another without, or where the model cannot be linked."""
     model, ids = llama(), prompt(64)
     caches = {
-        ("cap", "profile", "refit"): MergingDynamicCache(model=model, **WINDOW),
+        ("keydiff", "profile", "refit"): MergingDynamicCache(model=model, **WINDOW),
         ("keydiff", "uniform", "drop"): MergingDynamicCache(config=model.config, **WINDOW),
         ("cap", "profile", "count(routing='distance')"): MergingDynamicCache(
-            model=model, merger={"name": "count", "routing": "distance"}, **WINDOW
+            model=model, scorer="cap", merger={"name": "count", "routing": "distance"}, **WINDOW
         ),
     }
     for (scorer, budget, merger), cache in caches.items():

@@ -1,6 +1,5 @@
 """Scorers: how important each token is. `SCORERS` is the table of their names; adding one is a file and a line here."""
 
-from .auto import AutoScorer
 from .base import SCORERS, FunctionScorer, Scorer, build_scorer
 from .cap import CapScorer
 from .chunk_kv import ChunkKVScorer
@@ -28,7 +27,6 @@ from .tova import TOVAScorer
 from .value_norm import ValueNormScorer
 
 SCORERS |= {
-    "auto": AutoScorer,
     "cap": CapScorer,
     "chunk_kv": ChunkKVScorer,
     "compactor": CompactorScorer,
@@ -56,7 +54,6 @@ SCORERS |= {
 
 __all__ = [
     "SCORERS",
-    "AutoScorer",
     "CURScorer",
     "CapScorer",
     "ChunkKVScorer",

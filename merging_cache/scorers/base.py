@@ -39,10 +39,6 @@ class Scorer(Stage, ABC):
     """How much of the slots recent tokens take at most whatever their scores: less for scores that know as much of the
     last tokens as of others."""
 
-    def resolve(self, linked: bool) -> "Scorer":
-        """What stands for this scorer in a cache that was given the model (`linked`), or its config only."""
-        return self
-
     @abstractmethod
     def score(self, states: LayerStates) -> Tensor:
         """The importance of every token, `[B, H, L]`, higher is kept; ties go to the later token."""
