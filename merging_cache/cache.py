@@ -301,7 +301,7 @@ class MergingDynamicCache(DynamicCache):
 
     def report(self) -> CacheReport:
         """What every layer has seen, kept, merged and saved; `print` it for a table."""
-        return report_layers(self.layers, self)
+        return report_layers(self.layers, self, self._shared.with_model)
 
     def fates(self, row: int = 0) -> Fates:
         """What became of the tokens of a row of the batch, layer by layer: what `plot_merges` draws.

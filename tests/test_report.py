@@ -1,5 +1,8 @@
 """The report: its numbers against the storage itself, and its table."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -44,7 +47,8 @@ def test_the_table_is_aligned():
     model = tiny_model("gemma3_text")
     cache = CACHES["dynamic"](model, compression_ratio=0.5)
     model(prompt(1200), **cache_argument(cache))
-    lines = str(cache.report()).splitlines()
+    *lines, advice = str(cache.report()).splitlines()
+    assert advice.startswith("Given the config only. With model=model it would go by ")
     assert len({len(line) for line in lines}) == 1
     assert len(lines) == 1 + 1 + 2 + 1 + 1
     assert "folding" in lines[3]
@@ -54,6 +58,27 @@ def test_the_table_is_aligned():
     for title in ("seen", "slots", "bytes", "share"):
         end = lines[0].index(f"{title}") + len(title)
         assert all(line[end - 1] != " " for line in lines[2:4])
+
+
+def test_it_says_what_the_model_would_give():
+    """Where it was not given, and would change something."""
+    model = llama()
+    report = MergingDynamicCache(config=model.config).report()
+    stages = "keydiff, profile and refit"
+    expected = f"Given the config only. With model=model it would go by {stages}; the defaults answer far better so."
+    assert report.advice == expected
+    assert str(report).endswith(report.advice)
+    assert copy.deepcopy(report).advice == report.advice
+    same = {"budget": "uniform", "merger": "drop"}
+    for cache in (
+        MergingDynamicCache(config=model.config, **same),
+        MergingDynamicCache(config=model.config, compression_ratio=0),
+        MergingDynamicCache(model=model),
+        pickle.loads(pickle.dumps(MergingDynamicCache(model=model))),
+        MergingDynamicCache(model=tiny_model("jetmoe")),  # which cannot be linked
+    ):
+        assert not cache.report().advice
+        cache.release()
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)

@@ -55,6 +55,13 @@ class Shared:
         # without the model to read it, each head goes by what is known, or all keep as much
         return not self.profiled.is_settled and self.link.model is not None
 
+    @property
+    def with_model(self) -> Fold | None:
+        """The fold of the same options for a cache that is given the model; `None` where that changes nothing."""
+        fold = self.config.build(linked=True)
+        same = self.link.was_given_model or self.config.compression_ratio == 0 or fold == self.fold
+        return None if same else fold
+
     def row_is_due(self, seen: int) -> bool:
         """Whether a row of so many tokens is to be folded."""
         return self.fold.budget.may_fold(seen, self.config.num_slots(seen))

@@ -53,6 +53,7 @@ class Link:
         needs_hidden_states: bool = False,
     ) -> None:
         self.needed = needed
+        self.was_given_model = model is not None
         self.cache_name = cache_name
         self.model_name = "the model" if config is None else type(config).__name__.removesuffix("Config")
         if config is not None and getattr(config, "architectures", None):

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..budgets import BUDGETS
+from ..fold import Fold
 from ..layers import MergingLayer
 from ..mergers import MERGERS, QUERY_SOURCES
 from ..scorers import SCORERS
@@ -73,20 +74,22 @@ class CacheReport:
     Args:
         layers: the layers in order.
         total: sums over the layers; `tokens_seen` is that of one row through the whole model.
+        advice: what the cache would do if it were given the model, where it was given the config only.
         cache: a weak reference to what it is about, for `plot`: a report keeps no cache alive.
     """
 
     layers: tuple[LayerReport, ...]
     total: LayerReport
+    advice: str = field(default="", compare=False)
     cache: weakref.ref | None = field(default=None, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CacheReport, (self.layers, self.total)  # copied or pickled it is a record and nothing else
+        return CacheReport, (self.layers, self.total, self.advice)  # copied or pickled it is a record and nothing else
 
     def __str__(self) -> str:
         lines = align([list(COLUMNS), *(row.cells() for row in (*self.layers, self.total))], left=2)
         rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *filter(None, [self.advice])])
 
     def plot(self, tokens: Sequence[str] | None = None, row: int = 0) -> Any:
         """A matplotlib figure of which tokens survived and where the others went; see `plot_merges`.
@@ -100,8 +103,14 @@ class CacheReport:
         return plot_merges(cache, tokens, row=row)
 
 
-def report_layers(layers: Iterable[Any], cache: Any = None) -> CacheReport:
-    """Report on the layers of a cache; those that are transformers' own count in full."""
+def report_layers(layers: Iterable[Any], cache: Any = None, with_model: Fold | None = None) -> CacheReport:
+    """Report on the layers of a cache; those that are transformers' own count in full.
+
+    Args:
+        layers: of the cache.
+        cache: the cache itself, for pictures.
+        with_model: how it would fold if it were given the model, where that is in another way.
+    """
     rows = tuple(report_layer(index, layer) for index, layer in enumerate(layers))
     total = LayerReport(
         layer="all",
@@ -113,7 +122,13 @@ def report_layers(layers: Iterable[Any], cache: Any = None) -> CacheReport:
         bytes_now=sum(row.bytes_now for row in rows),
         bytes_full=sum(row.bytes_full for row in rows),
     )
-    return CacheReport(rows, total, None if cache is None else weakref.ref(cache))
+    advice = ""
+    if with_model is not None:
+        scorer, budget = summarize_stage(with_model.scorer, SCORERS), summarize_stage(with_model.budget, BUDGETS)
+        merger = summarize_stage(with_model.merger, MERGERS | QUERY_SOURCES)
+        stages = f"{scorer}, {budget} and {merger}"
+        advice = f"Given the config only. With model=model it would go by {stages}; the defaults answer far better so."
+    return CacheReport(rows, total, advice, None if cache is None else weakref.ref(cache))
 
 
 def report_layer(index: int, layer: Any) -> LayerReport:
