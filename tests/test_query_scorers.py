@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import reference
 from architectures import causal_lm_types, tiny_config, tiny_model
-from merging_cache import SCORERS, LayerStates, MergingConfig, MergingDynamicCache
+from merging_cache import SCORERS, LayerStates, MergingConfig, MergingDynamicCache, Scorer
 from merging_cache.budgets import PyramidBudget
 from merging_cache.layers.guards import CROP_TAKES_LENGTH
 from merging_cache.model import cache_argument, can_link, linked_model, rotary_of
 from merging_cache.scorers import CapScorer, FastKVzipScorer, KVPressScorer, KVzapScorer, QFilterScorer
 from merging_cache.scorers.wrapper import WrappingScorer
+from merging_cache.stage import Stage
 from merging_cache.states import Statistics
 from models import WINDOW, greedy, left_padded, llama, prompt
 
@@ -877,3 +878,21 @@ def test_wrapped_scorers_go_through_json(tmp_path):
     built = MergingConfig(scorer=config.build().scorer)
     assert MergingConfig.from_dict(built.to_dict()).build().scorer == config.build().scorer
     assert built.build().scorer.needs_queries
+
+
+class Everything(Scorer):
+    """Asks for all there is."""
+
+    def score(self, states):
+        return states.keys.norm(dim=-1)
+
+
+def test_a_scorer_made_of_another_asks_for_all_that_it_asks_for():
+    """Whatever a stage may ask for: what is added to `Stage` or `Scorer` has to be handed on, too."""
+    own = [name for of in (Stage, Scorer) for name in vars(of).get("__annotations__", ())]
+    assert {"needs_queries", "needs_outputs", "uses_rotary", "recent_share"} <= set(own)
+    for name in own:
+        setattr(Everything, name, 7)
+    for kind in (WrappingScorer, SCORERS["chunk_kv"]):
+        outer = kind(Everything())
+        assert {name: getattr(outer, name) for name in own} == dict.fromkeys(own, 7)

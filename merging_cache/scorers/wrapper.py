@@ -1,13 +1,19 @@
 """Scorers made of another scorer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from ..stage import Spec
 from ..states import LayerStates, Statistics
 from .base import Scorer, build_scorer
+
+
+def _of_inner(name: str) -> Any:
+    """An attribute that is the other scorer's."""
+    return property(lambda self: getattr(self.inner, name))
 
 
 @dataclass
@@ -25,37 +31,21 @@ class WrappingScorer(Scorer):
         super().__post_init__()
         self.inner = build_scorer(self.scorer)
 
-    @property
-    def needs_queries(self) -> bool:
-        return self.inner.needs_queries
+    needs_queries = _of_inner("needs_queries")
+    query_window = _of_inner("query_window")
+    needs_hidden_states = _of_inner("needs_hidden_states")
+    needs_rotary = _of_inner("needs_rotary")
+    uses_rotary = _of_inner("uses_rotary")
+    needs_module = _of_inner("needs_module")
+    reads_again = _of_inner("reads_again")
+    needs_outputs = _of_inner("needs_outputs")
+    again_tokens = _of_inner("again_tokens")
+    chunk_size = _of_inner("chunk_size")
+    default_budget = _of_inner("default_budget")
+    recent_share = _of_inner("recent_share")
 
-    @property
-    def query_window(self) -> int:
-        return self.inner.query_window
-
-    @property
-    def needs_hidden_states(self) -> bool:
-        return self.inner.needs_hidden_states
-
-    @property
-    def needs_rotary(self) -> bool:
-        return self.inner.needs_rotary
-
-    @property
-    def needs_module(self) -> bool:
-        return self.inner.needs_module
-
-    @property
-    def reads_again(self) -> bool:
-        return self.inner.reads_again
-
-    @property
-    def chunk_size(self) -> int:
-        return self.inner.chunk_size
-
-    @property
-    def default_budget(self) -> str:
-        return self.inner.default_budget
+    def check_model(self, config: Any, layers: Sequence[int]) -> None:
+        self.inner.check_model(config, layers)
 
     def observe(self, states: LayerStates, new: int) -> Statistics | None:
         return self.inner.observe(states, new)
