@@ -8,6 +8,7 @@ from collections import Counter
 from pydoc_data.topics import topics
 
 import pytest
+from hypothesis import example as such_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -121,10 +122,10 @@ def solve_needle(prompt: str) -> list[str]:
             words = Counter(word for word in context.split()[1:-1] if word != "...")
             return [word for word, _ in words.most_common(3)]
         case [name, attribute]:
-            return re.findall(rf"{name} {attribute} (\w+) \.", context)
+            return re.findall(rf"\b{name} {attribute} (\w+) \.", context)  # a sparrow is no arrow
         case [attribute, name, "friend"]:
-            (friend,) = re.findall(rf"{name} friend (\w+) \.", context)
-            return re.findall(rf"{friend} {attribute} (\w+) \.", context)
+            (friend,) = re.findall(rf"\b{name} friend (\w+) \.", context)
+            return re.findall(rf"\b{friend} {attribute} (\w+) \.", context)
 
 
 def check_solved(example: Example, given: list[str]) -> None:
@@ -165,6 +166,7 @@ def test_needle_tasks_are_as_long_as_asked_and_can_be_solved(name, length):
     seed=st.integers(0, 10**6),
     index=st.integers(0, 99),
 )
+@such_as(name="qa_1", length=161, seed=131, index=21)  # a sparrow beside an arrow
 @settings(max_examples=60, deadline=None)
 def test_examples_are_reproducible_and_never_too_long(name, length, seed, index):
     example = fit(name, NeedleWords(), count_words, length, seed=seed, index=index)
