@@ -86,8 +86,8 @@ def calibrate(
     The model reads excerpts of a text, each twice: how much every layer's output would change in the second reading
     without a token (`leave_one_out`) is what a gate learns to tell from the attention's input alone (as in KVzap,
     arXiv:2601.07891), and one threshold over all of it gives the fraction of its tokens that each head keeps at every
-    ratio. Half of the excerpts stand in the
-    model's chat template. Linear gates and small MLPs are fitted; the better kind on held-out text is kept.
+    ratio. Half of the excerpts stand in the model's chat template. Linear gates and small MLPs are fitted; the better
+    kind on held-out text is kept.
 
     What was read is kept in `folder/unfinished` until all is done, so a run that was stopped goes on where it was.
     Memory beside the model: the hidden states of one excerpt, and of one layer those of all sampled tokens.

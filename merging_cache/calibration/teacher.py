@@ -1,4 +1,4 @@
-"""What a gate is to learn: the model reads an excerpt twice, and every layer tells its input and what was looked at."""
+"""What a gate is to learn: the model reads an excerpt twice, and every layer tells its input and its scores."""
 
 from collections.abc import Callable
 from pathlib import Path

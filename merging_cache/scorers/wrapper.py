@@ -11,9 +11,14 @@ from ..states import LayerStates, Statistics
 from .base import Scorer, build_scorer
 
 
-def _of_inner(name: str) -> Any:
+class _OfInner:
     """An attribute that is the other scorer's."""
-    return property(lambda self: getattr(self.inner, name))
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, scorer: "WrappingScorer | None", owner: type | None = None) -> Any:
+        return self if scorer is None else getattr(scorer.inner, self._name)
 
 
 @dataclass
@@ -31,18 +36,18 @@ class WrappingScorer(Scorer):
         super().__post_init__()
         self.inner = build_scorer(self.scorer)
 
-    needs_queries = _of_inner("needs_queries")
-    query_window = _of_inner("query_window")
-    needs_hidden_states = _of_inner("needs_hidden_states")
-    needs_rotary = _of_inner("needs_rotary")
-    uses_rotary = _of_inner("uses_rotary")
-    needs_module = _of_inner("needs_module")
-    reads_again = _of_inner("reads_again")
-    needs_outputs = _of_inner("needs_outputs")
-    again_tokens = _of_inner("again_tokens")
-    chunk_size = _of_inner("chunk_size")
-    default_budget = _of_inner("default_budget")
-    recent_share = _of_inner("recent_share")
+    needs_queries = _OfInner()
+    query_window = _OfInner()
+    needs_hidden_states = _OfInner()
+    needs_rotary = _OfInner()
+    uses_rotary = _OfInner()
+    needs_module = _OfInner()
+    reads_again = _OfInner()
+    needs_outputs = _OfInner()
+    again_tokens = _OfInner()
+    chunk_size = _OfInner()
+    default_budget = _OfInner()
+    recent_share = _OfInner()
 
     def check_model(self, config: Any, layers: Sequence[int]) -> None:
         self.inner.check_model(config, layers)
