@@ -136,9 +136,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of each page; default: 1024, or 512 for needle")
     parser.add_argument("--pages", type=int, default=2, choices=range(1, 17), metavar="1-16")
     parser.add_argument(
-        "--ratios", type=float, nargs="+", default=[0.5, 0.75], help="shares of tokens that lose their slot"
+        "--ratios", type=float, nargs="+", default=[0.75, 0.9], help="shares of tokens that lose their slot"
     )
-    parser.add_argument("--scorer", default="keydiff")
+    parser.add_argument("--scorer", default="auto")
     parser.add_argument("--budget", default="auto")
     parser.add_argument("--merger", default="auto")
     parser.add_argument("--quantize", help="a storage, such as quanto-4 or fp8")

@@ -11,16 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
-from .budgets.profile import ProfileBudget
 from .config import MergingConfig, resolve_config
 from .layers import (
     FixedCache,
     HybridLayer,
     JointFold,
+    KnownReadings,
+    Learned,
     MergingHybridLayer,
     MergingLayer,
     Padding,
-    Profiled,
     SecondReading,
     Shared,
     TokensSeen,
@@ -117,11 +117,11 @@ class MergingDynamicCache(DynamicCache):
         link = Link(model, config, needed, type(self).__name__, hidden_states)
         group = tensor_parallel_group(model)
         joint = JointFold(fold.budget, group) if fold.budget.over_layers else None
-        by_profile = folds and isinstance(fold.budget, ProfileBudget)
-        profiled = Profiled.of(fold.budget, folding, link.memory, group) if by_profile else None
-        part = None if fold.scorer.reads_again else fold.budget.again_tokens
-        again = SecondReading(fold.scorer.chunk_size, part) if folds and fold.rereading else None
-        self._shared = Shared(self.merging, fold, padding, link, self._storage(), trace, joint, again, profiled)
+        learners = fold.learners if folds else {}
+        learned = {name: Learned(name, one, folding, link.memory, group) for name, one in learners.items()}
+        rereads = folds and fold.rereading
+        again = SecondReading(fold.rereading, fold.scorer.chunk_size, fold.again_tokens) if rereads else None
+        self._shared = Shared(self.merging, fold, padding, link, self._storage(), trace, joint, again, learned)
         if self._shared.is_to_be_read_again:
             link.watch_passes()
         if config is None:
@@ -226,17 +226,17 @@ class MergingDynamicCache(DynamicCache):
     def fold(self) -> "MergingDynamicCache":
         """Fold now what waits for its fold, as prompts do with `fold_at="decode"`; returns the cache."""
         shared, layers = self._shared, self.folding_layers
-        decoder, finish = shared.link.decoder if shared.is_to_be_read_again else None, None
+        decoder, due = shared.link.decoder if shared.is_to_be_read_again else None, None
         if decoder is not None and any(layer.fold_is_due for layer in layers):
             for layer in layers:
                 layer.check_finite()
-            finish = shared.again.run(self.layers, shared.padding, decoder, shared.row_is_due)
-            if shared.profiled is not None:
-                shared.profiled.learn(layers)
+            due = shared.again.run(self.layers, shared.padding, decoder, shared.row_is_due)
+            for one in shared.learned.values():
+                one.learn(layers)
         for layer in layers:
             layer.fold()
-        if finish is not None:
-            finish()
+        if due is not None:
+            shared.again.finish(due)
         return self
 
     def before_pass(self, given: Mapping[str, Any]) -> None:
@@ -246,10 +246,10 @@ class MergingDynamicCache(DynamicCache):
             if any(layer.folds_before(new) for layer in self.folding_layers):
                 self.fold()
 
-    def after_pass(self, given: Mapping[str, Any]) -> None:
+    def after_pass(self, given: Mapping[str, Any], known: KnownReadings | None = None) -> None:
         """The model has read; called by its decoder, where a stage reads again."""
         if self._shared.is_to_be_read_again:
-            new = self._shared.again.note(given)
+            new = self._shared.again.note(given, known)
             if self.merging.fold_at == "decode" or any(layer.record_past for layer in self.folding_layers):
                 return
             try:

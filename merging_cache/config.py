@@ -15,7 +15,7 @@ from torch import Tensor
 from .budgets import BUDGETS, AutoBudget, Budget
 from .fold import Fold
 from .mergers import MERGERS, QUERY_SOURCES, Merger
-from .scorers import SCORERS, Scorer, build_scorer
+from .scorers import SCORERS, AutoScorer, Scorer, build_scorer
 from .stage import FACTS_FILE, Spec, build_stage, check_choice, check_number, describe_stage, summarize_stage
 from .states import LayerStates
 
@@ -30,12 +30,13 @@ class MergingConfig:
 
     Args:
         scorer: what is important: a name of `SCORERS`, a dict `{"name": ..., **options}`, a `Scorer`, or any callable
-            `LayerStates -> [B, H, L]`.
+            `LayerStates -> [B, H, L]`. `"auto"` is `"probe"` where the cache is given the model and that can read a
+            prompt again, else `"keydiff"`.
         compression_ratio: fraction of the seen tokens that loses its slot, in [0, 1): a fold leaves every head
             `max(1, floor(seen * (1 - compression_ratio)))` slots. 0.5 unless `max_tokens` is given; 0 folds nothing.
         max_tokens: instead of a ratio, at most this many slots per head after a fold.
         budget: how slots are shared among layers and heads: a name of `BUDGETS`, a dict or a `Budget`. `"auto"` is the
-            scorer's own where the cache is given the model (`"profile"` for `cap` and `keydiff`, `"global"` for `kvzip`
+            scorer's own where the cache is given the model (`"profile"` for `probe`, `keydiff` and `cap`, `"global"` for `kvzip`
             and `leave_one_out`, `"pyramid"` for `pyramidkv`, `"uniform"` for the others), `"uniform"` where it is given
             its config only or the model cannot be linked; `"adakv"` for what would read the prompt again where a model
             cannot.
@@ -63,7 +64,7 @@ class MergingConfig:
         True
     """
 
-    scorer: Spec | Scorer | Callable[[LayerStates], Tensor] = "keydiff"
+    scorer: Spec | Scorer | Callable[[LayerStates], Tensor] = "auto"
     compression_ratio: float | None = None
     max_tokens: int | None = None
     budget: Spec | Budget = "auto"
@@ -114,7 +115,8 @@ class MergingConfig:
         folds = {
             (linked, rereadable): dataclasses.replace(
                 fold,
-                budget=fold.budget.resolve(linked, rereadable, fold.scorer.default_budget),
+                scorer=(scorer := fold.scorer.resolve(linked, rereadable)),
+                budget=fold.budget.resolve(linked, rereadable, scorer.default_budget),
                 merger=fold.merger.resolve(linked),
             )
             for linked, rereadable in itertools.product((False, True), repeat=2)
@@ -151,13 +153,18 @@ class MergingConfig:
         is_calibrated = self._calibrated("scorer", "kvzap") is not self.scorer
         budget = build_stage("budget", self.budget, BUDGETS, Budget)
         stages = [
-            "calibrated" if is_calibrated else summarize_stage(build_scorer(self.scorer), SCORERS),
+            "calibrated" if is_calibrated else self._scorer_label,
             "" if isinstance(budget, AutoBudget) else summarize_stage(budget, BUDGETS),
             summarize_stage(build_stage("merger", self.merger, MERGERS, Merger), MERGERS | QUERY_SOURCES),
         ]
         options = {"sink_tokens": 4, "recent_tokens": 32, "fold_at": "prefill", "calibration": None}
         others = [f"{name}={getattr(self, name)}" for name, usual in options.items() if getattr(self, name) != usual]
         return " ".join(part for part in (*stages, self.size, *others) if part)
+
+    @property
+    def _scorer_label(self) -> str:
+        scorer = build_scorer(self.scorer)
+        return "default" if isinstance(scorer, AutoScorer) else summarize_stage(scorer, SCORERS)
 
     @property
     def size(self) -> str:

@@ -96,6 +96,17 @@ class Fold:
         """The stages for which the prompt, or a part of it, is read again."""
         return {name: stage for name, stage in self.stages.items() if stage.reads_again}
 
+    @property
+    def again_tokens(self) -> int | None:
+        """How many tokens from the middle of the prompt are enough for all of them; `None` for all of it."""
+        enough = [stage.again_tokens for stage in self.rereading.values()]
+        return None if None in enough else max(enough, default=0)
+
+    @property
+    def learners(self) -> dict[str, Any]:
+        """The stages that learn of the model (`Learner`, or a scorer around one)."""
+        return {name: stage for name, stage in self.stages.items() if stage.learns}
+
     def observe_again(self, states: LayerStates) -> dict[str, Statistics]:
         """What each stage that wants it remembers after tokens were read again; see `Stage.observe_again`."""
         return {name: stage.observe_again(states.for_stage(name)) for name, stage in self.rereading.items()}
@@ -197,7 +208,7 @@ class Fold:
             return _keep_everything(states)
         states = replace(states, num_slots=num_slots)
         scores = self._protect(self._score(states), states, num_slots)
-        survivors = self.budget.allocate(scores, states, num_slots)
+        survivors = self.budget.allocate(scores, states.for_stage("budget"), num_slots)
         if survivors.valid is None and states.valid is None:
             return self._merge(states, survivors, scores)
         return self._merge_kept(states, survivors.mask(states.num_tokens), scores)

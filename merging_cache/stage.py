@@ -50,6 +50,8 @@ class Stage:
     """How many tokens from the middle of the prompt are enough then; `None` for all of it."""
     chunk_size: int = 2048
     """How many are read at a time."""
+    learns: bool = False
+    """True for a `Learner`, which remembers for the model's life what it makes of that."""
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -283,7 +283,14 @@ def test_heads_keep_what_the_profile_says(needle, calibrated):
     ids = tokenizer(make_context(random.Random(2), 150, pairs=4).text, return_tensors="pt").input_ids[:, :128]
     held = []
     budget = {"name": "profile", "weights": calibrated.folder}
-    options = {"budget": budget, "merger": "drop", "sink_tokens": 0, "recent_tokens": 0, "compression_ratio": 0.75}
+    options = {
+        "scorer": "keydiff",
+        "budget": budget,
+        "merger": "drop",
+        "sink_tokens": 0,
+        "recent_tokens": 0,
+        "compression_ratio": 0.75,
+    }
     cache = MergingDynamicCache(model=model, **options)
     hooks = [
         layer.register_forward_hook(lambda *_: held.append([one.num_stored for one in cache.layers]))

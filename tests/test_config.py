@@ -10,7 +10,7 @@ from merging_cache.budgets import AdaKVBudget, ProfileBudget, PyramidBudget, Uni
 from merging_cache.config import resolve_config
 from merging_cache.mergers import CountMerger, DropMerger, MassMerger, RefitMerger, SimilarityMerger, ValidatedMerger
 from merging_cache.mergers.queries import StratifiedQueries
-from merging_cache.scorers import KnormScorer, LagKVScorer
+from merging_cache.scorers import KeyDiffScorer, KnormScorer, LagKVScorer, ProbeScorer
 
 pytestmark = pytest.mark.core
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.core
 def test_defaults():
     config = MergingConfig()
     assert config.to_dict() == {
-        "scorer": "keydiff",
+        "scorer": "auto",
         "compression_ratio": 0.5,
         "max_tokens": None,
         "budget": "auto",
@@ -32,7 +32,8 @@ def test_defaults():
     assert config.build(linked=True, rereadable=False).budget == AdaKVBudget()
     assert config.build().budget == UniformBudget()
     assert config.build(linked=True).merger == RefitMerger()
-    assert config.build(linked=True).scorer is config.build().scorer
+    assert config.build(linked=True).scorer == ProbeScorer()
+    assert config.build(linked=True, rereadable=False).scorer == config.build().scorer == KeyDiffScorer()
     assert config.build().merger == DropMerger()
 
 

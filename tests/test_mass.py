@@ -588,7 +588,8 @@ def test_slots_and_merged_and_dropped_are_all_tokens(merger):
 def test_without_a_rotary_embedding_the_last_queries_are_kept(chunk):
     model, ids = tiny_model("gpt2"), prompt(90)
     source = {"name": "stratified", "count": 16}
-    how = {"budget": "adakv", "merger": {"name": "mass", "queries": source}, "fold_at": "decode"}
+    merger = {"name": "mass", "queries": source}
+    how = {"scorer": "keydiff", "budget": "adakv", "merger": merger, "fold_at": "decode"}
     cache = MergingDynamicCache(model=model, **how, **WINDOW)
     for piece in ids.split(chunk or 90, dim=1):
         model(piece, **cache_argument(cache))

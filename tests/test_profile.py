@@ -13,17 +13,20 @@ from transformers import DynamicCache
 import reference
 from merging_cache import LayerStates, MergingDynamicCache, Reading
 from merging_cache.budgets import ProfileBudget
-from merging_cache.budgets.profile import STEPS, Profile, rounded, table_of
+from merging_cache.budgets.profile import STEPS, rounded, shares_of, table_of
 from merging_cache.layers.again import middle_of
 from merging_cache.model import cache_argument
 from models import WINDOW, assert_same_cache, greedy, left_padded, llama, prompt, tiny_model
 
 pytestmark = pytest.mark.core
 PROFILE = {"name": "profile", "probe_tokens": 24}
+PROBE = {"scorer": {"name": "probe", "probe_tokens": 24}}
 
 
 def profiled(model, **options):
-    return MergingDynamicCache(model=model, **{"budget": PROFILE, "merger": "drop"} | WINDOW | options)
+    return MergingDynamicCache(
+        model=model, **{"scorer": "keydiff", "budget": PROFILE, "merger": "drop"} | WINDOW | options
+    )
 
 
 def counts(cache):
@@ -59,17 +62,12 @@ def test_equal_scores_are_shared_evenly():
     assert table_of(scores)[:, 25].tolist() == pytest.approx([0.25] * 2)
 
 
-def test_shares_lie_straight_between_hundredths_and_rows_stay_apart():
-    rows = [table_of(torch.rand(3, 400) ** torch.tensor([[power], [1], [2]])) for power in (1, 4)]
-    profile = Profile([torch.stack([one[:2] for one in rows]), torch.stack([one[2:] for one in rows])])
-    shares = torch.cat([profile.shares(layer, 0.404) for layer in range(2)], dim=1)
+def test_shares_lie_straight_between_hundredths():
+    tables = torch.stack([table_of(torch.rand(3, 400) ** torch.tensor([[power], [1], [2]])) for power in (1, 4)])
+    shares = shares_of(tables, 0.404)
     assert shares.mean(dim=1).tolist() == pytest.approx([0.404] * 2)
-    torch.testing.assert_close(shares, 0.6 * torch.stack(rows)[:, :, 40] + 0.4 * torch.stack(rows)[:, :, 41])
-    for row in range(2):
-        alone = profile.select_rows(torch.tensor([row]))
-        for layer in range(2):
-            assert torch.equal(profile.shares(layer, 0.4)[row], alone.shares(layer, 0.4)[0])
-    assert profile.shares(0, 1.0).tolist() == [[1.0, 1.0]] * 2
+    torch.testing.assert_close(shares, 0.6 * tables[:, :, 40] + 0.4 * tables[:, :, 41])
+    assert shares_of(tables, 1.0).tolist() == [[1.0, 1.0, 1.0]] * 2
 
 
 @given(st.lists(st.floats(0, 50), min_size=1, max_size=9))
@@ -87,30 +85,26 @@ def test_heads_keep_their_best(length, num_slots, data):
     share = data.draw(st.floats(0, 1))
     scores = torch.tensor(values).float().view(1, 2, length)
     scores[..., 0] = scores[..., -1] = torch.inf
-    asked = []
-
-    def shares(keep):
-        asked.append(keep)
-        return torch.tensor([[share, max(0.0, min(1.0, 2 * keep - share))]], dtype=torch.double)
-
-    states = LayerStates(scores.unsqueeze(-1), scores.unsqueeze(-1), head_shares=shares)
+    # a straight line, so that hundredths are no matter
+    steps = torch.linspace(0, 1, STEPS + 1, dtype=torch.double)
+    shares = torch.stack([share * steps, (2 - share) * steps]).unsqueeze(0)
+    states = LayerStates(scores.unsqueeze(-1), scores.unsqueeze(-1), lesson=shares)
     kept = ProfileBudget().allocate(scores, states, num_slots).mask(length)[0]
-    (keep,) = asked
-    assert keep == pytest.approx((num_slots - 2) / (length - 2))
-    wanted = 2 + rounded(shares(keep) * (length - 2))[0]
+    keep = (num_slots - 2) / (length - 2)
+    wanted = 2 + rounded(torch.tensor([share, 2 - share], dtype=torch.double) * keep * (length - 2))
     for head, count in enumerate(wanted.tolist()):
         assert kept[head].nonzero().squeeze(1).tolist() == reference.top_tokens(scores[0, head].tolist(), count)
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(1, 30))
-def test_the_middle_and_its_later_half(asked, part):
+@given(st.lists(st.booleans(), min_size=1, max_size=200), st.integers(1, 180))
+def test_the_middle_and_what_tells_of_it(asked, part):
     block, told = middle_of(torch.tensor([asked, [not one for one in asked]]), part)
     for row, mine in enumerate((asked, [not one for one in asked])):
         places = [place for place, there in enumerate(mine) if there]
         start = max(0, len(places) - part) // 2
         middle = places[start : start + part]
         assert block[row].nonzero().squeeze(1).tolist() == middle
-        assert told[row].nonzero().squeeze(1).tolist() == middle[len(middle) // 2 :]
+        assert told[row].nonzero().squeeze(1).tolist() == middle[min(len(middle) // 2, 64) :]
 
 
 @torch.no_grad()
@@ -205,9 +199,9 @@ def test_a_cache_keeps_to_its_profile_until_it_is_emptied():
     assert cache._shared.is_to_be_read_again
     cache.reset()
     assert not cache._shared.is_to_be_read_again
-    found = other._shared.profiled.profile
+    found = other._shared.learned["budget"].lesson
     model(prompt(60, seed=3), **cache_argument(cache))
-    for mine, theirs in zip(cache._shared.profiled.profile.tables, found.tables, strict=True):
+    for mine, theirs in zip(cache._shared.learned["budget"].lesson.tables, found.tables, strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -232,7 +226,7 @@ def test_models_may_share_a_config(options):
     alone = profiled(fresh := llama(), compression_ratio=0.5, **options)
     fresh(ids, **cache_argument(alone))
     assert_same_cache(caches[0], alone)
-    tables = [cache._shared.profiled.profile.tables for cache in caches]
+    tables = [cache._shared.learned["budget"].lesson.tables for cache in caches]
     assert not all(torch.equal(*pair) for pair in zip(*tables, strict=True))
 
 
@@ -252,7 +246,7 @@ def test_a_pickled_cache_goes_by_what_it_knows(length):
 
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("pieces", [1, 3])
-@pytest.mark.parametrize("again", [{}, {"scorer": "kvzip"}, {"scorer": "kvzip", "budget": "global"}])
+@pytest.mark.parametrize("again", [{}, {"scorer": "kvzip"}, {"scorer": "kvzip", "budget": "global"}, PROBE])
 def test_padded_rows_equal_the_row_alone(known, pieces, again):
     """Before anything is known of the model each row is probed for itself, be it that others know enough."""
     lengths, width = [60, 41, 12], 60
@@ -264,7 +258,7 @@ def test_padded_rows_equal_the_row_alone(known, pieces, again):
         """The rows without their first tokens, cut where the whole batch is."""
         model = llama()
         if known:
-            model(prompt(80), **cache_argument(profiled(model)))
+            model(prompt(80), **cache_argument(profiled(model, **again)))
         cache = profiled(model, **options)
         for start, end in itertools.pairwise(cuts):
             if end > first:
@@ -298,9 +292,9 @@ def test_beams_keep_their_rows_profile():
     model, inputs = llama(), left_padded([60, 41])
     cache = profiled(model, max_tokens=20)
     greedy(model, inputs, **cache_argument(cache))
-    before = [one.clone() for one in cache._shared.profiled.profile.tables]
+    before = [one.clone() for one in cache._shared.learned["budget"].lesson.tables]
     cache.reorder_cache(torch.tensor([1, 1, 0]))
-    for mine, theirs in zip(cache._shared.profiled.profile.tables, before, strict=True):
+    for mine, theirs in zip(cache._shared.learned["budget"].lesson.tables, before, strict=True):
         assert torch.equal(mine, theirs[[1, 1, 0]])
 
 
@@ -310,7 +304,9 @@ def test_copies_pickles_and_readings():
     cache = profiled(model, compression_ratio=0.5)
     model(ids, **cache_argument(cache))
     thawed = pickle.loads(pickle.dumps(cache))
-    known = zip(thawed._shared.profiled.profile.tables, cache._shared.profiled.profile.tables, strict=True)
+    known = zip(
+        thawed._shared.learned["budget"].lesson.tables, cache._shared.learned["budget"].lesson.tables, strict=True
+    )
     assert all(torch.equal(*pair) for pair in known)
     twin = copy.deepcopy(cache)
     more = prompt(40, seed=3)

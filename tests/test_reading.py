@@ -1,6 +1,7 @@
 """Readings: what they fill caches with is what genuine prefills leave there, bit for bit."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -192,6 +193,30 @@ def test_a_context_read_in_chunks_folds_as_in_chunks(scorer, chunk_size):
     torch.testing.assert_close(Reading(network, ids, chunk_size=chunk_size).logits, whole, rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_read_again_alike_is_read_once():
+    """By all caches of a reading that ask the same of it; what is asked otherwise, or packed, is read by itself."""
+    network, passes = llama(), []
+    reading = Reading(network, prompt(LENGTH))
+    network.get_decoder().register_forward_hook(lambda *_: passes.append(1))
+
+    def passes_of(kind=MergingDynamicCache, **folding):
+        passes.clear()
+        cache = reading.fill(kind(model=network, **folding))
+        cache.release()
+        return len(passes)
+
+    quantized = functools.partial(MergingQuantizedCache, "fp8")
+    assert passes_of(scorer="kvzip", compression_ratio=0.5) == 1
+    assert passes_of(scorer="kvzip", compression_ratio=0.75, merger="drop", budget="uniform") == 0
+    assert 0 < reading._known.seconds_saved < reading.fill_seconds  # as if it had been read again
+    assert passes_of(scorer="leave_one_out", compression_ratio=0.5) == 1
+    assert passes_of(scorer={"name": "kvzip", "chunk_size": 16}, compression_ratio=0.5) == 3
+    assert passes_of(scorer={"name": "kvzip", "plus": True}, compression_ratio=0.5) == 1
+    assert passes_of(scorer="kvzip", budget="profile", compression_ratio=0.5) == 1
+    assert passes_of(kind=quantized, scorer="kvzip", compression_ratio=0.5) == 1
+    assert passes_of(scorer="leave_one_out", compression_ratio=0.9, merger="refit") == 0
+
+
 def test_a_reading_leaves_the_model_as_it_was():
     network = llama()
     hooks = [len(module._forward_pre_hooks) for module in network.modules()]
@@ -312,7 +337,7 @@ def test_compare_is_what_each_cache_loses_by_itself(question):
     found = compare(network, read, configs, question=question, following=follows, progress=False)
     window = " sink_tokens=2 recent_tokens=6"
     names = ["full cache", f"keydiff auto 50%{window}", f"snapkv drop 75%{window}"]
-    names += [f"keydiff auto 50%{window} fp8", "DynamicCache"]
+    names += [f"default auto 50%{window} fp8", "DynamicCache"]
     assert [one.name for one in found.caches] == names
     full, first, *_, again = found.caches
     assert (again.loss, again.divergence, again.agreement, again.share) == (full.loss, 0, 1, 1)
@@ -346,7 +371,7 @@ def test_compare_folds_what_would_wait():
     _, one, other, again = found.caches
     assert (one.loss, one.nbytes) == (other.loss, other.nbytes)
     assert one.divergence > 0
-    names = ["keydiff auto 50% sink_tokens=2 recent_tokens=6 (1)", "keydiff auto 50% sink_tokens=2 recent_tokens=6 (2)"]
+    names = [f"default auto 50% sink_tokens=2 recent_tokens=6 ({number})" for number in (1, 2)]
     assert [one.name, again.name] == names
     assert other.name.endswith("fold_at=decode")
     used = MergingDynamicCache(config=network.config)

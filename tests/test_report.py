@@ -64,12 +64,12 @@ def test_it_says_what_the_model_would_give():
     """Where it was not given, and would change something."""
     model = llama()
     report = MergingDynamicCache(config=model.config).report()
-    stages = "keydiff, profile and refit"
+    stages = "probe, profile and refit"
     expected = f"Given the config only. With model=model it would go by {stages}; the defaults answer far better so."
     assert report.advice == expected
     assert str(report).endswith(report.advice)
     assert copy.deepcopy(report).advice == report.advice
-    same = {"budget": "uniform", "merger": "drop"}
+    same = {"scorer": "keydiff", "budget": "uniform", "merger": "drop"}
     for cache in (
         MergingDynamicCache(config=model.config, **same),
         MergingDynamicCache(config=model.config, compression_ratio=0),
@@ -121,7 +121,7 @@ def test_it_says_which_stages_ran():
     """The defaults are one thing with the model, and another without, or where the model cannot be linked."""
     model, ids = llama(), prompt(64)
     caches = {
-        ("keydiff", "profile", "refit"): MergingDynamicCache(model=model, **WINDOW),
+        ("probe", "profile", "refit"): MergingDynamicCache(model=model, **WINDOW),
         ("keydiff", "uniform", "drop"): MergingDynamicCache(config=model.config, **WINDOW),
         ("cap", "profile", "count(routing='distance')"): MergingDynamicCache(
             model=model, scorer="cap", merger={"name": "count", "routing": "distance"}, **WINDOW

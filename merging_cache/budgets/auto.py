@@ -15,7 +15,7 @@ class AutoBudget(Budget):
     """The scorer's own where the cache has the model, `uniform` where it has the config only.
 
     A scorer's own (`Scorer.default_budget`) is `pyramid` for `pyramidkv`, `global` for `kvzip` and `leave_one_out`, and
-    for `keydiff`, the default, and `cap` `profile`, chosen by what was measured on real weights
+    `profile` for `probe`, the default, `keydiff` and `cap`, chosen by what was measured on real weights
     (`examples/README.md`); where a model cannot read a prompt again, `adakv`. Others have `uniform`. `cache.report()`
     says which of them runs.
     """

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..learner import Gather, Learner, Lesson
 from ..stage import check_calibrated_for, option
-from ..states import LayerStates, Statistics, Survivors, changes_left_out
+from ..states import LayerStates, Survivors
 from .base import Budget
 from .uniform import UniformBudget
 
@@ -19,17 +20,15 @@ STEPS = 100  # a profile says what heads keep where all of them keep 0, 1, .. ST
 
 
 @dataclass
-class ProfileBudget(Budget):
+class ProfileBudget(Learner, Budget):
     """Every head keeps the fraction of its tokens that the model looks at; the scorer says which.
 
-    How many tokens a head needs is a property of the model, which hardly differs from text to text. It is found once
-    for each model: after the first prompt the cache has the model read `probe_tokens` from its middle again, from where
-    it stands behind the prompt. The later half of them, where the model has got into the text, is scored by how much
-    the layers' outputs would change without each (as by `leave_one_out`), and one threshold over all layers and heads
-    gives each head its fraction, whatever the ratio. Later caches of the model know it before they read, so their
-    layers fold one by one as they are read, and with `max_tokens` a row gives what it gives alone. A shorter prompt
-    speaks for itself, and what comes after it is added until there are as many tokens. All heads together keep what the
-    ratio says, or a slot less in each layer; less, too, where a short first piece of a prompt said something else.
+    How many tokens a head needs is a property of the model, which hardly differs from text to text. It is learned from
+    the model's first prompt, of which `probe_tokens` are read again (see `Learner`): one threshold over all layers and
+    heads, on how much the layers' outputs would change without each token, gives each head its fraction, whatever the
+    ratio. Later caches of the model know it before they read, so their layers fold one by one as they are read, and
+    with `max_tokens` a row gives what it gives alone. All heads together keep what the ratio says, or a slot less in
+    each layer; less, too, where a short first piece of a prompt said something else.
 
     Args:
         weights: the folder of a calibration (`calibrate`), whose profile is taken; then nothing is read again.
@@ -50,44 +49,36 @@ class ProfileBudget(Budget):
     def reads_again(self) -> bool:
         return not self.weights
 
-    needs_outputs = reads_again
-
     def check_model(self, config: Any, layers: Sequence[int]) -> None:
         if self.weights:
             check_calibrated_for(self.weights, config, layers)
-            heads, own = getattr(config, "num_key_value_heads", None), self.calibrated(layers).tables
+            heads, own = getattr(config, "num_key_value_heads", None), self.known(layers).tables
             if isinstance(heads, int) and any(one.shape[1] != heads for one in own):
                 raise ValueError(
                     f"{self.weights} is a profile of {own[0].shape[1]} KV heads to a layer, but this model has "
                     f"{heads}; is it another model's?"
                 )
 
-    def calibrated(self, layers: Sequence[int]) -> "Profile":
+    def known(self, layers: Sequence[int]) -> "Profile | None":
         """The profile in `weights`.
 
         Raises:
             ValueError: if there is none, or it is one of other layers than these.
         """
-        return Profile.from_json_file(Path(self.weights) / PROFILE_FILE, layers)
+        return Profile.from_json_file(Path(self.weights) / PROFILE_FILE, layers) if self.weights else None
 
-    @property
-    def again_tokens(self) -> int:
-        return self.probe_tokens
-
-    @property
-    def telling_tokens(self) -> int:
-        """How many tokens have to be known of before the rest of the model's life goes by them."""
-        return self.probe_tokens - self.probe_tokens // 2
-
-    def observe_again(self, states: LayerStates) -> Statistics:
-        return Statistics(tokens=changes_left_out(states))
+    def learn(self, layers: Sequence[LayerStates], gather: Gather) -> list[Tensor]:
+        scores = [layer.statistics.tokens[0].cpu() for layer in layers]
+        of_all, mine = gather(torch.cat(scores))
+        return list(table_of(of_all)[mine].split([len(one) for one in scores]))
 
     def allocate(self, scores: Tensor, states: LayerStates, num_slots: int) -> Survivors:
-        if states.head_shares is None:
+        if states.lesson is None:
             return UniformBudget().allocate(scores, states, num_slots)
         stay = int((scores == torch.inf).sum(dim=-1).max())
         free = max(1, states.seen - stay)
-        counts = stay + rounded(states.head_shares(max(0.0, (num_slots - stay) / free)) * free)  # [B or 1, H]
+        shares = shares_of(states.lesson.double(), max(0.0, (num_slots - stay) / free))
+        counts = stay + rounded(shares * free)  # [B or 1, H]
         order = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices
         rank = torch.empty_like(order).scatter_(
             -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
@@ -103,34 +94,13 @@ def rounded(numbers: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(Lesson):
     """How much of its tokens each head keeps, by how much all keep on average.
 
     Args:
         tables: by layer `[B, H, STEPS + 1]`, the fraction of its tokens that each head keeps where all layers and heads
             keep 0, 1, .. `STEPS` hundredths of theirs; of each row of the batch, or one row that stands for all.
     """
-
-    tables: Sequence[Tensor]
-
-    @property
-    def num_rows(self) -> int:
-        """Of how many rows it is; 1 may stand for all."""
-        return len(self.tables[0])
-
-    @property
-    def mean(self) -> "Profile":
-        """That of all rows together."""
-        return Profile([one.mean(dim=0, keepdim=True) for one in self.tables])
-
-    def mixed(self, other: "Profile", weight: Tensor) -> "Profile":
-        """With that much of another one in each row, `[B]` from 0 to 1."""
-        weight = weight.view(-1, 1, 1)
-        return Profile([torch.lerp(*both, weight) for both in zip(self.tables, other.tables, strict=True)])
-
-    def select_rows(self, rows: Tensor) -> "Profile":
-        """Of these rows."""
-        return self if self.num_rows == 1 else Profile([one[rows.cpu()] for one in self.tables])
 
     @classmethod
     def from_json_file(cls, path: Path, layers: Sequence[int]) -> "Profile":
@@ -161,35 +131,11 @@ class Profile:
         content = {"kept": [step / STEPS for step in range(STEPS + 1)], "layers": heads}
         path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
-    def of_process(self, rank: int, count: int) -> "Profile":
-        """Of the heads of one of `count` processes that share the heads of each layer."""
-        return Profile([one.chunk(count, dim=1)[rank] for one in self.tables])
 
-    def shares(self, layer: int, keep: float) -> Tensor:
-        """`[B, H]`, the fraction of its tokens that each head of a layer keeps if all heads keep `keep` on average."""
-        step = min(STEPS - 1, int(keep * STEPS))
-        return torch.lerp(*self.tables[layer][..., step : step + 2].unbind(-1), keep * STEPS - step)
-
-
-@dataclass(frozen=True)
-class HeadShares:
-    """What a layer is told of a profile.
-
-    Args:
-        profile: whose rows are those of the layer's states.
-        layer: its number among those that fold.
-    """
-
-    profile: Profile
-    layer: int
-
-    def select_rows(self, rows: Tensor) -> "HeadShares":
-        """For these rows."""
-        return HeadShares(self.profile.select_rows(rows), self.layer)
-
-    def __call__(self, keep: float) -> Tensor:
-        """`[B or 1, H]`, the fractions of their tokens that heads keep where all of the cache keep `keep`."""
-        return self.profile.shares(self.layer, keep)
+def shares_of(table: Tensor, keep: float) -> Tensor:
+    """`[..., H]`, what each head keeps where all keep `keep` on average, by a table `[..., H, STEPS + 1]`."""
+    step = min(STEPS - 1, int(keep * STEPS))
+    return torch.lerp(*table[..., step : step + 2].unbind(-1), keep * STEPS - step)
 
 
 def table_of(scores: Tensor) -> Tensor:

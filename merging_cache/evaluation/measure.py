@@ -232,9 +232,8 @@ class Questioned:
         """A cache that has read the contexts, and the seconds that filling it took."""
         model = self.measurer.model
         cache = DynamicCache(config=model.config) if variant.is_full else variant.make_cache(model)
-        started = clock(model.device)
         self.reading.fill(cache)
-        return cache, clock(model.device) - started
+        return cache, self.reading.fill_seconds
 
     def _predict(self, cache: Cache) -> list[list[Tensor]]:
         """What a cache predicts at the tokens of each item's answers, see `predict`."""

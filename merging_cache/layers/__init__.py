@@ -1,12 +1,12 @@
 """The layers of a cache: what each holds, when it folds, and what it tells transformers."""
 
-from .again import SecondReading
+from .again import KnownReadings, SecondReading
 from .fixed import FixedCache
 from .hybrid import HybridLayer, MergingHybridLayer, linear_attention_state
 from .joint import JointFold
+from .learned import Learned
 from .merging import MergingLayer
 from .padding import Padding
-from .profiled import Profiled
 from .seen import TokensSeen
 from .shared import Shared
 
@@ -14,10 +14,11 @@ __all__ = [
     "FixedCache",
     "HybridLayer",
     "JointFold",
+    "KnownReadings",
+    "Learned",
     "MergingHybridLayer",
     "MergingLayer",
     "Padding",
-    "Profiled",
     "SecondReading",
     "Shared",
     "TokensSeen",

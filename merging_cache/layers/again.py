@@ -5,7 +5,9 @@ Knows how transformers' models are called, and of layers what they store.
 
 import copy
 import inspect
+import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +16,11 @@ from tqdm import tqdm
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from ..learner import LEAD
 from ..model import Pass, cache_argument, most_positions
+from ..stage import Stage
+from ..states import Statistics
+from ..storage import DenseStorage
 from .folding import FoldingLayer
 from .hybrid import HybridLayer, LinearAttentionLayer, linear_attention_state
 from .padding import Padding
@@ -79,6 +85,67 @@ def again(layer: CacheLayerMixin, told: Tensor | None, columns: Tensor | None) -
     return (AgainHybridLayer if linear_attention_state(layer) else AgainLayer)(layer, told, columns)
 
 
+@dataclass(frozen=True)
+class Due:
+    """What is to be read again of a batch.
+
+    Args:
+        real: `[B, L]` bool, no padding.
+        rows: `[B]` bool, those that are to be folded.
+        asked: `[B, L]` bool, what is read again.
+        told: `[B, L]` bool, what tells something of that.
+    """
+
+    real: Tensor
+    rows: Tensor
+    asked: Tensor
+    told: Tensor
+
+    @property
+    def number(self) -> Tensor:
+        """`[B, L]`, how many tokens a row has up to each of its own, this one included."""
+        return self.real.cumsum(dim=1)
+
+    @property
+    def counts(self) -> Tensor:
+        """`[B]`, how many tokens each row has."""
+        return self.real.sum(dim=1)
+
+    def around(self) -> Tensor:
+        """`[B, L]` bool, the first tokens of each row, and those in a window around what is read again."""
+        center = (self.number * self.asked).sum(dim=1) // self.asked.sum(dim=1).clamp_min(1)
+        near = (self.number - center.unsqueeze(1)).abs() <= WINDOW // 2
+        return self.real & ((self.number <= SINKS) | near)
+
+
+@dataclass
+class KnownReadings:
+    """What second readings of one context have told, for other caches that have it read the same way.
+
+    Args:
+        found: of each the stages that it was for, how it was cut, which rows were due, what each layer remembers of it
+            by stage, and the seconds that it took.
+        seconds_saved: what all that were known have taken when they were read.
+    """
+
+    found: list[tuple[Any, list[dict[str, Statistics]], float]] = field(default_factory=list)
+    seconds_saved: float = 0.0
+
+    def give(self, asked: Any, layers: list[FoldingLayer]) -> bool:
+        """Have the layers remember what is known of a reading; returns whether it is."""
+        for known, of_layers, seconds in self.found:
+            if known == asked:
+                for layer, drawn in zip(layers, of_layers, strict=True):
+                    layer.drawn_again = drawn
+                self.seconds_saved += seconds
+                return True
+        return False
+
+    def take(self, asked: Any, layers: list[FoldingLayer], seconds: float) -> None:
+        """Remember what layers were told by a reading."""
+        self.found.append((asked, [layer.drawn_again for layer in layers], seconds))
+
+
 class SecondReading:
     """What was read since the last fold, to be read again before the next.
 
@@ -86,25 +153,31 @@ class SecondReading:
     alone.
 
     Args:
+        stages: for which it is read again, by their names.
         chunk_size: tokens that are read at a time.
-        part: how many tokens from the middle are read again, of which the later half tells something: the model has to
-            get into the text first. They see the first few tokens and a window around themselves, from where they
-            stand behind the prompt. `None` reads all, which sees all.
+        part: how many tokens from the middle are read again, of which the first (`LEAD`, or half) tell nothing: the
+            model has to get into the text. They see the first few tokens and a window around themselves, from where
+            they stand behind the prompt. `None` reads all, which sees all.
     """
 
-    def __init__(self, chunk_size: int, part: int | None = None) -> None:
-        self.chunk_size, self.part = chunk_size, part
+    def __init__(self, stages: Mapping[str, Stage], chunk_size: int, part: int | None = None) -> None:
+        self.stages, self.chunk_size, self.part = stages, chunk_size, part
         self.forget()
 
     def forget(self) -> None:
         """The cache is empty."""
         self._passes: list[tuple[str, Tensor]] = []  # the name of the model's argument, and what came
         self._read: Tensor | None = None  # [B], how many tokens of each row are done with
+        self._known: KnownReadings | None = None  # of a context that came whole
 
-    def note(self, given: Mapping[str, Any]) -> int:
-        """Take down a pass by the arguments of the model; returns how many tokens it had."""
+    def note(self, given: Mapping[str, Any], known: KnownReadings | None = None) -> int:
+        """Take down a pass by the arguments of the model; returns how many tokens it had.
+
+        `known` is what others were told of the same context; what this one finds out is added.
+        """
         name = "inputs_embeds" if given.get("inputs_embeds") is not None else "input_ids"
         self._passes.append((name, given[name].detach()))
+        self._known = known
         return given[name].shape[1]
 
     def truncate(self, count: int) -> None:
@@ -120,15 +193,14 @@ class SecondReading:
         self._passes = [(name, given[indices.to(given.device)]) for name, given in self._passes]
         self._read = None if self._read is None else self._read[indices.to(self._read.device)]
 
-    @torch.no_grad()
     def run(
         self,
         layers: list[CacheLayerMixin],
         padding: Padding,
         decoder: torch.nn.Module,
         is_due: Callable[[int], bool],
-    ) -> Callable[[], None]:
-        """Read again what came, chunk by chunk; the layers that fold are told what is attended to.
+    ) -> Due:
+        """Read again what came; the layers that fold are told what is attended to.
 
         Args:
             layers: of the cache, which stay as they are.
@@ -137,50 +209,67 @@ class SecondReading:
             is_due: whether a row of so many tokens is to be folded.
 
         Returns:
-            what is to be called once all is folded.
+            what was read, for `finish`.
         """
         folding = [layer for layer in layers if isinstance(layer, FoldingLayer)]
+        due = self._due(folding[0].seen, padding, is_due)
+        for layer in folding:
+            layer.is_to_look_again(due.told)
+        # packed keys are not those that others have seen
+        known = self._known if all(isinstance(layer.storage, DenseStorage) for layer in folding) else None
+        asked = self.stages, self.chunk_size, self.part, due.rows.tolist()
+        if known is None or not known.give(asked, folding):
+            started = time.perf_counter()
+            self._read_again(layers, due, decoder)
+            if known is not None:
+                known.take(asked, folding, time.perf_counter() - started)
+        return due
+
+    def _due(self, seen: int, padding: Padding, is_due: Callable[[int], bool]) -> Due:
+        given = self._passes[-1][1]
+        padded = padding.of_tokens(torch.arange(seen, device=given.device).expand(len(given), -1))
+        real = torch.ones(len(given), seen, dtype=torch.bool, device=given.device) if padded is None else ~padded
+        rows = torch.tensor([is_due(count) for count in real.sum(dim=1).tolist()], device=given.device)
+        asked = self._unread(real) & rows.unsqueeze(1)
+        return Due(real, rows, *((asked, asked) if self.part is None else middle_of(asked, self.part)))
+
+    def _unread(self, real: Tensor) -> Tensor:
+        """Which of the tokens `[B, L]` were not read again yet."""
+        return real if self._read is None else real & (real.cumsum(dim=1) > self._read.unsqueeze(1))
+
+    @torch.no_grad()
+    def _read_again(self, layers: list[CacheLayerMixin], due: Due, decoder: torch.nn.Module) -> None:
+        """Chunk by chunk."""
         embeds = {"inputs_embeds"} & {name for name, _ in self._passes}
         given = torch.cat([embed(decoder, name, part) if embeds else part for name, part in self._passes], dim=1)
-        (batch, new), seen, device = given.shape[:2], folding[0].seen, given.device
-        padded = padding.of_tokens(torch.arange(seen, device=device).expand(batch, -1))
-        real = torch.ones(batch, seen, dtype=torch.bool, device=device) if padded is None else ~padded
-        number, counts = real.cumsum(dim=1), real.sum(dim=1)
-        read = torch.zeros_like(counts) if self._read is None else self._read
-        due = torch.tensor([is_due(count) for count in counts.tolist()], device=device)
-        asked = real & (number > read.unsqueeze(1)) & due.unsqueeze(1)
-        asked, told = (asked, asked) if self.part is None else middle_of(asked, self.part)
-        for layer in folding:
-            layer.is_to_look_again(told)
+        before = due.real.shape[1] - given.shape[1]
         takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
-        visible, columns = real, None
+        visible, columns = due.real, None
         if self.part is not None and takes_positions and all(keeps_every_token(layer) for layer in layers):
-            center = (number * asked).sum(dim=1) // asked.sum(dim=1).clamp_min(1)
-            visible = real & ((number <= SINKS) | ((number - center.unsqueeze(1)).abs() <= WINDOW // 2))
+            visible = due.around()
             columns = visible.any(dim=0).nonzero().squeeze(1)
             visible = visible[:, columns]
-        most, total = most_positions(decoder.config), int(asked.sum(dim=1).max())
+        most, total = most_positions(decoder.config), int(due.asked.sum(dim=1).max())
         with tqdm(total=total, desc="reading again", unit=" tokens", disable=total < SHOWN_FROM) as bar:
-            for index, there in chunks(asked, self.chunk_size):
-                inputs = {"inputs_embeds" if embeds else "input_ids": take(given, (index - (seen - new)).clamp_min(0))}
+            for index, there in chunks(due.asked, self.chunk_size):
+                inputs = {"inputs_embeds" if embeds else "input_ids": take(given, (index - before).clamp_min(0))}
                 if not (visible.all() and there.all()):
                     inputs["attention_mask"] = torch.cat([visible, there], dim=1).long()
                 if takes_positions:
-                    first = counts if most is None else counts.clamp_max(most - index.shape[1])
-                    inputs["position_ids"] = first.unsqueeze(1) + torch.arange(index.shape[1], device=device)
-                telling = there & take(told, index)
+                    first = due.counts if most is None else due.counts.clamp_max(most - index.shape[1])
+                    inputs["position_ids"] = first.unsqueeze(1) + torch.arange(index.shape[1], device=given.device)
+                telling = there & take(due.told, index)
                 cache = Cache(layers=[again(layer, None if telling.all() else telling, columns) for layer in layers])
                 decoder(**inputs, **cache_argument(cache), use_cache=True)
                 bar.update(index.shape[1])
 
-        def finish() -> None:
-            self._read = torch.where(due, counts, read)
-            unread = (real & (number > self._read.unsqueeze(1))).any(dim=0)
-            left = seen - int(unread.int().argmax()) if unread.any() else 0
-            while sum(given.shape[1] for _, given in self._passes[1:]) >= left and self._passes:
-                self._passes.pop(0)
-
-        return finish
+    def finish(self, due: Due) -> None:
+        """Once all is folded, forget what will not be read again."""
+        self._read = torch.where(due.rows, due.counts, 0 if self._read is None else self._read)
+        unread, seen = self._unread(due.real).any(dim=0), due.real.shape[1]
+        left = seen - int(unread.int().argmax()) if unread.any() else 0
+        while sum(given.shape[1] for _, given in self._passes[1:]) >= left and self._passes:
+            self._passes.pop(0)
 
 
 def keeps_every_token(layer: CacheLayerMixin) -> bool:
@@ -189,11 +278,11 @@ def keeps_every_token(layer: CacheLayerMixin) -> bool:
 
 
 def middle_of(asked: Tensor, part: int) -> tuple[Tensor, Tensor]:
-    """`part` tokens from the middle of those that are asked for in each row, `[B, L]` bool, and their later half."""
+    """`part` tokens from the middle of those that are asked for in each row, `[B, L]` bool, and those that tell."""
     rank, counts = asked.cumsum(dim=1), asked.sum(dim=1, keepdim=True)
     start, size = (counts - part).clamp_min(0) // 2, counts.clamp_max(part)
     block = asked & (rank > start) & (rank <= start + size)
-    return block, block & (rank > start + size // 2)
+    return block, block & (rank > start + (size // 2).clamp_max(LEAD))
 
 
 def chunks(asked: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..budgets import Budget
-from ..budgets.profile import HeadShares
 from ..fold import check_finite
 from ..mergers import Merger
 from ..scorers import Scorer
@@ -94,6 +93,15 @@ class FoldingLayer(StoredLayer):
         """Before tokens are read again, `[B, seen]` bool: those that are to tell something."""
         self._asked_again = asked.to(self.device)
 
+    @property
+    def drawn_again(self) -> dict[str, Statistics]:
+        """What the stages that want it remember of tokens that were read again."""
+        return {name: one for name, one in self._observed.remembered.items() if name in self._shared.fold.rereading}
+
+    @drawn_again.setter
+    def drawn_again(self, drawn: dict[str, Statistics]) -> None:
+        self._observed.remembered = {**self._observed.remembered, **drawn}
+
     def watch_again(
         self,
         key: Tensor,
@@ -144,7 +152,7 @@ class FoldingLayer(StoredLayer):
             states = replace(states, remembered={**states.remembered, **drawn})
             if columns is not None:
                 drawn = {name: one.placed(columns, self.num_stored) for name, one in drawn.items()}
-            self._observed.remembered = {**self._observed.remembered, **drawn}
+            self.drawn_again = drawn
 
         return watch
 
@@ -235,24 +243,20 @@ class FoldingLayer(StoredLayer):
             scaling=observed.scaling,
             layer_idx=self.layer_idx,
             layer_rank=self.layer_rank,
-            head_shares=self._head_shares,
+            lessons=self._shared.lessons(self.layer_rank),
             traced=self._shared.traced,
             known_seen=None if self._shared.padding.is_there else self.seen,
         )
 
-    def probed(self) -> list[Tensor]:
-        """By row `[H, n]`, what its tokens that were read again drew of their own attention then; it is not kept."""
+    def told(self, stage: str) -> list[LayerStates]:
+        """By row, its tokens that were read again, with what a stage that learns was told of them; it is not kept."""
         nothing = Statistics(torch.zeros(self.positions.shape, device=self.device))
-        scores = self._observed.remembered.pop("budget", nothing).tokens
+        statistics = self._observed.remembered.pop(stage, nothing).resized(self.num_stored)
+        states = replace(self._states(*self.storage.read()), statistics=statistics)
         # where a token is read again no head has lost it
-        positions = self.positions[:, 0]
+        positions, rows = self.positions[:, 0], torch.arange(self.batch, device=self.device)
         asked = self._asked_again.gather(1, positions.clamp_min(0)) & (positions >= 0)
-        return [of_row[:, there] for of_row, there in zip(scores, asked, strict=True)]
-
-    @property
-    def _head_shares(self) -> HeadShares | None:
-        profile = None if self._shared.profiled is None else self._shared.profiled.profile
-        return None if profile is None else HeadShares(profile, self.layer_rank[0])
+        return [states.select(row, there.nonzero().squeeze(1)) for row, there in zip(rows.split(1), asked, strict=True)]
 
     def _replace(self, slots: Slots) -> None:
         """Store folded slots in place of everything."""

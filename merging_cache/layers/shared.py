@@ -1,8 +1,8 @@
 """What the layers of one cache share: how they fold, their batch's padding, and the link to their model."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -12,8 +12,8 @@ from ..fold import Fold
 from ..model import Link
 from ..storage import EvenStorage
 from .joint import JointFold
+from .learned import Learned
 from .padding import Padding
-from .profiled import Profiled
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Shared:
         traced: whether to keep where every evicted token went.
         joint: the layers that fold together, where the budget is over layers.
         again: what is to be read again, where a stage wants that.
-        profiled: how many tokens each head needs, where the budget goes by that.
+        learned: what stages have learned of the model, by their names.
     """
 
     config: MergingConfig
@@ -43,17 +43,22 @@ class Shared:
     traced: bool = False
     joint: JointFold | None = None
     again: Any = None  # a `SecondReading`, which knows layers
-    profiled: Profiled | None = None
+    learned: Mapping[str, Learned] = field(default_factory=dict)
 
     @property
     def is_to_be_read_again(self) -> bool:
         """Whether folds have to wait until the prompt, or a part of it, was read again."""
         if self.again is None:
             return False
-        if self.fold.scorer.reads_again:
+        if self.fold.again_tokens is None:
             return True
-        # without the model to read it, each head goes by what is known, or all keep as much
-        return not self.profiled.is_settled and self.link.model is not None
+        # without the model to read it, stages go by what is known
+        return self.link.model is not None and not all(one.is_settled for one in self.learned.values())
+
+    def lessons(self, layer_rank: tuple[int, int] | None) -> dict[str, Tensor]:
+        """`[B or 1, H, ...]`, what each stage has learned of folding layer `i` of `n`, where anything is known."""
+        known = {name: one.lesson for name, one in self.learned.items()}
+        return {name: lesson.tables[layer_rank[0]] for name, lesson in known.items() if lesson is not None}
 
     @property
     def with_model(self) -> Fold | None:
@@ -69,21 +74,23 @@ class Shared:
     def select_rows(self, indices: Tensor, batch: int) -> None:
         """Make row `indices[i]` of the batch row i."""
         self.padding.select_rows(indices, batch)
-        for part in (self.again, self.profiled):
-            if part is not None:
-                part.select_rows(indices)
+        for part in self._of_batch:
+            part.select_rows(indices)
 
     def forget(self) -> None:
         """The cache is empty."""
         self.padding.set(None)
-        for part in (self.again, self.profiled):
-            if part is not None:
-                part.forget()
+        for part in self._of_batch:
+            part.forget()
+
+    @property
+    def _of_batch(self) -> list[Any]:
+        return [*self.learned.values(), *([] if self.again is None else [self.again])]
 
     def twin(self) -> "Shared":
         """For a copy of the cache: another batch, linked and released by itself."""
         joint = None if self.joint is None else self.joint.twin()
-        own = {name: copy.deepcopy(getattr(self, name)) for name in ("padding", "link", "again", "profiled")}
+        own = {name: copy.deepcopy(getattr(self, name)) for name in ("padding", "link", "again", "learned")}
         return replace(self, joint=joint, **own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Shared":

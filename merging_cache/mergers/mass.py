@@ -58,7 +58,7 @@ class MassMerger(ReferenceMerger):
     max_added: float = option(30.0, minimum=0)
 
     def merge_heads(self, states: LayerStates, survivors: Survivors) -> Slots:
-        attention = full_attention(states).mT.contiguous()  # [B, H, L, n], since rows are taken out of it
+        attention = full_attention(states).mT  # [B, H, L, n], of which rows are taken
         routing = nearest_survivors(
             attention if self.routing == "attention" else states.keys,
             survivors,

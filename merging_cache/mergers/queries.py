@@ -172,11 +172,12 @@ def attention_logits(
 ) -> Tensor:
     """`[B, H, R, S]` in fp32, logits of a group's R queries over keys `[B, H, S, D]`, `-inf` where they see none.
 
-    They see what is at `positions` `[B, H, S]` up to their own. `bias` `[B, H, S]` is added.
+    They see what is at `positions` `[B, H, S]` up to their own. `bias` `[B, H, S]` is added. In memory each key's are
+    together: what is made of them takes half the time then, and each token's attention can be gathered.
     """
     groups = reference.queries.shape[1] // keys.shape[1]
     queries = reference.queries.unflatten(1, (keys.shape[1], -1)).flatten(2, 3).float() * scale
-    logits = queries @ keys.float().mT
+    logits = (keys.float() @ queries.mT).mT
     if bias is not None:
         logits += bias.float().unsqueeze(2)
     if reference.see_all:
@@ -186,5 +187,5 @@ def attention_logits(
 
 
 def softmax_of_seen(logits: Tensor) -> Tensor:
-    """The softmax over the last dimension, 0 where a query sees nothing at all."""
-    return logits.softmax(dim=-1).nan_to_num_(nan=0.0)  # of nothing but -inf there is none
+    """The softmax over the last dimension of `attention_logits`, 0 where a query sees nothing at all."""
+    return logits.mT.softmax(dim=-2).nan_to_num_(nan=0.0).mT  # of nothing but -inf there is none

@@ -10,6 +10,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from ..cache import MergingDynamicCache
+from ..layers import KnownReadings
 from ..model import cache_argument, most_positions
 from ..stage import check_number
 from .recording import RecordingCache
@@ -41,6 +42,8 @@ class Reading:
         num_tokens: L.
         attention_mask: as it was given.
         seconds: how long it took.
+        fill_seconds: how long the last `fill` took, or would have taken alone: what is read again for some scorers and
+            budgets is read once and remembered for the next caches.
 
     Raises:
         ValueError: for a context that is empty, or longer than the model allows, and for what `generate` refuses.
@@ -97,6 +100,8 @@ class Reading:
         self.attention_mask = attention_mask
         self._given = {name: inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs}
         check_length(model, self.num_tokens)
+        self._known = KnownReadings()
+        self.fill_seconds = 0.0
         self._recorded = RecordingCache(model, hidden_states)
         # the one token that is generated is not fed back, so no layer sees it
         once = GenerationConfig(
@@ -153,9 +158,11 @@ class Reading:
                 raise ValueError(f"the cache was made for another model than the {name} that has read")
             if cache.needs_hidden_states and not self._recorded.keeps_hidden_states:
                 raise ValueError("the cache looks at hidden states, and none were kept; read with hidden_states=True")
+        started, saved = clock(self.model.device), self._known.seconds_saved
         self._recorded.fill(cache)
         if isinstance(cache, MergingDynamicCache):
-            cache.after_pass(self._given)  # what the scorer has read again is
+            cache.after_pass(self._given, self._known)  # what the scorer has read again is, unless it was before
+        self.fill_seconds = clock(self.model.device) - started + self._known.seconds_saved - saved
         return cache
 
 

@@ -1,5 +1,6 @@
 """Scorers: how important each token is. `SCORERS` is the table of their names; adding one is a file and a line here."""
 
+from .auto import AutoScorer
 from .base import SCORERS, FunctionScorer, Scorer, build_scorer
 from .cap import CapScorer
 from .chunk_kv import ChunkKVScorer
@@ -18,6 +19,7 @@ from .leave_one_out import LeaveOneOutScorer
 from .leverage import LeverageScorer
 from .non_causal import NonCausalScorer
 from .observed_attention import ObservedAttentionScorer
+from .probe import ProbeScorer
 from .pyramidkv import PyramidKVScorer
 from .qfilter import QFilterScorer
 from .random import RandomScorer
@@ -27,6 +29,7 @@ from .tova import TOVAScorer
 from .value_norm import ValueNormScorer
 
 SCORERS |= {
+    "auto": AutoScorer,
     "cap": CapScorer,
     "chunk_kv": ChunkKVScorer,
     "compactor": CompactorScorer,
@@ -43,6 +46,7 @@ SCORERS |= {
     "leverage": LeverageScorer,
     "non_causal": NonCausalScorer,
     "observed_attention": ObservedAttentionScorer,
+    "probe": ProbeScorer,
     "pyramidkv": PyramidKVScorer,
     "qfilter": QFilterScorer,
     "random": RandomScorer,
@@ -54,6 +58,7 @@ SCORERS |= {
 
 __all__ = [
     "SCORERS",
+    "AutoScorer",
     "CURScorer",
     "CapScorer",
     "ChunkKVScorer",
@@ -72,6 +77,7 @@ __all__ = [
     "LeverageScorer",
     "NonCausalScorer",
     "ObservedAttentionScorer",
+    "ProbeScorer",
     "PyramidKVScorer",
     "QFilterScorer",
     "RandomScorer",

@@ -39,6 +39,15 @@ class Scorer(Stage, ABC):
     """How much of the slots recent tokens take at most whatever their scores: less for scores that know as much of the
     last tokens as of others."""
 
+    def resolve(self, linked: bool, rereadable: bool) -> "Scorer":
+        """The scorer that runs: another one where this one goes by what the cache was given.
+
+        Args:
+            linked: whether the cache has the model, and sees its attention.
+            rereadable: whether that can read a prompt again.
+        """
+        return self
+
     @abstractmethod
     def score(self, states: LayerStates) -> Tensor:
         """The importance of every token, `[B, H, L]`, higher is kept; ties go to the later token."""

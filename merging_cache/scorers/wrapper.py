@@ -46,6 +46,10 @@ class WrappingScorer(Scorer):
     needs_outputs = _OfInner()
     again_tokens = _OfInner()
     chunk_size = _OfInner()
+    learns = _OfInner()
+    telling_tokens = _OfInner()
+    known = _OfInner()
+    learn = _OfInner()
     default_budget = _OfInner()
     recent_share = _OfInner()
 

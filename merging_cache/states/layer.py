@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -105,6 +106,11 @@ class Again:
     lengths: Tensor | None = None
     projected: Any = None  # a `Projected`, which knows these records
 
+    @cached_property
+    def changes(self) -> Tensor:
+        """`[B, H, L]`, see `changes_left_out`; once for all stages that ask."""
+        return self.projected.changes(self)
+
 
 @dataclass(frozen=True)
 class LayerStates:
@@ -136,8 +142,8 @@ class LayerStates:
         layer_rank: `(i, n)`, this is folding layer `i` of `n`, or `None` where that is not known.
         heads: `[H]`, which of the layer's KV heads these are, or `None` for all of them in order.
         num_heads: how many KV heads the layer has, where these are not all of them.
-        head_shares: gives for a fraction of their tokens that all heads of the cache keep, the fraction `[B or 1, H]`
-            that each of these keeps; `None` where that is not known.
+        lesson: `[B or 1, H, ...]`, what the stage that is called has learned of the model, see `Learner`, or `None`.
+        lessons: what each stage has, by the stage's name.
         num_slots: how many slots per head the layer is about to be folded to, or `None` where it is not.
         traced: whether mergers are to tell where every token went (`Slots.holders`).
         known_seen: how many tokens every row has seen, where no row has padding and that is known without asking the
@@ -167,7 +173,8 @@ class LayerStates:
     layer_rank: tuple[int, int] | None = None
     heads: Tensor | None = None
     num_heads: int | None = None
-    head_shares: Any = None
+    lesson: Tensor | None = None
+    lessons: Mapping[str, Tensor] = field(default_factory=dict)
     num_slots: int | None = None
     traced: bool = False
     known_seen: int | None = None
@@ -209,8 +216,8 @@ class LayerStates:
         return self.keys.shape[3] ** -0.5 if self.scaling is None else self.scaling
 
     def for_stage(self, name: str) -> "LayerStates":
-        """As the stage of this name sees it, with its own statistics."""
-        return replace(self, statistics=self.remembered.get(name))
+        """As the stage of this name sees it, with its own statistics and lesson."""
+        return replace(self, statistics=self.remembered.get(name), lesson=self.lessons.get(name))
 
     def select(self, rows: Tensor, tokens: Tensor) -> "LayerStates":
         """The states of these `rows` (indices) and `tokens` (indices, ascending), without padding.
@@ -232,7 +239,7 @@ class LayerStates:
         return self._of_tokens(
             take,
             valid=None if self.valid is None else take(self.valid),
-            head_shares=None if self.head_shares is None else self.head_shares.select_rows(rows),
+            lessons={name: rows_of(one, rows) for name, one in self.lessons.items()},
             queries=queries,
             query_positions=query_positions,
             hidden_states=hidden,
@@ -262,6 +269,7 @@ class LayerStates:
             queries=None if self.queries is None else readers_of(self.queries, heads, count),
             statistics=None if self.statistics is None else self.statistics.of_heads(heads, count),
             remembered={name: one.of_heads(heads, count) for name, one in self.remembered.items()},
+            lessons={name: one[:, heads] for name, one in self.lessons.items()},
             reference=reference,
             heads=every[heads],
             num_heads=count if self.num_heads is None else self.num_heads,
@@ -330,6 +338,7 @@ class LayerStates:
             hidden_states=take(self.hidden_states),
             statistics=None if self.statistics is None else self.statistics.select(only),
             remembered={name: one.select(only) for name, one in self.remembered.items()},
+            lessons={name: rows_of(one, only) for name, one in self.lessons.items()},
         )
 
     def _stored(self, tokens: Tensor) -> "LayerStates":
@@ -348,6 +357,13 @@ class LayerStates:
             statistics=None if self.statistics is None else of_tokens(self.statistics),
             remembered={name: of_tokens(one) for name, one in self.remembered.items()},
         )
+
+
+def rows_of(lesson: Tensor, rows: Tensor | slice) -> Tensor:
+    """Of `[B or 1, ...]` these rows; one may stand for all."""
+    if len(lesson) == 1:
+        return lesson
+    return lesson[rows if isinstance(rows, slice) else rows.to(lesson.device)]
 
 
 def readers_of(tensor: Tensor, heads: slice, num_heads: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .attention import group_logits
-from .layer import TILE, LayerStates
+from .layer import TILE, Again, LayerStates
 
 PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj_out", "proj")
 LEAST = 0.01  # what is left to the others where a token draws all of the attention
@@ -77,6 +77,18 @@ class Projected:
             summed(torch.einsum("bhgmd,hgdn->bmn", outputs.float(), self.projection)), dim=-1
         )
 
+    def changes(self, again: Again) -> Tensor:
+        """`[B, H, L]`, see `changes_left_out`."""
+        outputs = again.outputs.float()
+        seen = outputs if self.metric is None else outputs @ self.metric
+        # |W v|^2 - 2 (W v)(W o) + |W o|^2, in one piece of memory
+        apart = group_logits(seen, self.values).mul_(-2).add_(self.squares.unsqueeze(3))
+        apart = apart.add_((seen * outputs).sum(dim=-1, keepdim=True)).clamp_min_(0).sqrt_()
+        weights = again.weights.float()
+        changes = apart.mul_(weights).div_((1 - weights).clamp_min_(LEAST)).sum(dim=2)  # [B, H, m, L]
+        changes = changes.div_(again.lengths[:, None, :, None].clamp_min(torch.finfo(torch.float32).tiny))
+        return changes.square_().sum(dim=2)
+
 
 def changes_left_out(states: LayerStates) -> Tensor:
     """`[B, H, L]`, how the output of the layer changes if a token is left out, for all that is read again together.
@@ -85,14 +97,5 @@ def changes_left_out(states: LayerStates) -> Tensor:
     reads o_g by all of its weights, and the layer adds y; what was remembered is added. A head that loses a token
     shares its weight out among the others, and o_g moves by `p / (1 - p) (v - o_g)`.
     """
-    again = states.again
-    projected, outputs = again.projected, again.outputs.float()
-    seen = outputs if projected.metric is None else outputs @ projected.metric
-    # |W v|^2 - 2 (W v)(W o) + |W o|^2, in one piece of memory
-    apart = group_logits(seen, projected.values).mul_(-2).add_(projected.squares.unsqueeze(3))
-    apart = apart.add_((seen * outputs).sum(dim=-1, keepdim=True)).clamp_min_(0).sqrt_()
-    weights = again.weights.float()
-    changes = apart.mul_(weights).div_((1 - weights).clamp_min_(LEAST)).sum(dim=2)  # [B, H, m, L]
-    changes = changes.div_(again.lengths[:, None, :, None].clamp_min(torch.finfo(torch.float32).tiny))
-    found = changes.square_().sum(dim=2)
+    found = states.again.changes
     return found if states.statistics is None else found + states.statistics.tokens

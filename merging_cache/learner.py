@@ -1,0 +1,109 @@
+"""Stages that learn of a model what they go by, from a part of its first prompt that it reads again."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .stage import Stage
+from .states import LayerStates, Statistics, changes_left_out
+
+LEAD = 64  # tokens that are read again to get into the text, and tell nothing themselves
+Gather = Callable[[Tensor], tuple[Tensor, slice]]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a stage has learned of a model.
+
+    Args:
+        tables: by layer `[B, H, ...]`, numbers about each KV head; of each row of the batch, or one row that stands for
+            all.
+    """
+
+    tables: Sequence[Tensor]
+
+    @property
+    def num_rows(self) -> int:
+        """Of how many rows it is; 1 may stand for all."""
+        return len(self.tables[0])
+
+    @property
+    def mean(self) -> "Lesson":
+        """That of all rows together."""
+        return Lesson([one.mean(dim=0, keepdim=True) for one in self.tables])
+
+    def mixed(self, other: "Lesson", weight: Tensor) -> "Lesson":
+        """With that much of another one in each row, `[B]` from 0 to 1."""
+
+        def lerp(mine: Tensor, theirs: Tensor) -> Tensor:
+            return torch.lerp(mine, theirs, weight.to(mine.dtype).view(-1, *[1] * (mine.dim() - 1)))
+
+        return Lesson([lerp(*both) for both in zip(self.tables, other.tables, strict=True)])
+
+    def select_rows(self, rows: Tensor) -> "Lesson":
+        """Of these rows."""
+        return self if self.num_rows == 1 else Lesson([one[rows.cpu()] for one in self.tables])
+
+    def of_process(self, rank: int, count: int) -> "Lesson":
+        """Of the heads of one of `count` processes that share the heads of each layer."""
+        return Lesson([one.chunk(count, dim=1)[rank] for one in self.tables])
+
+
+class Learner(Stage):
+    """A stage that learns of a model what it goes by.
+
+    After the first prompt the cache has the model read `probe_tokens` from its middle again, from where it stands
+    behind the prompt. The first of them, `LEAD` or half, get it into the text; of each of the others the stage is told
+    how much the layers' outputs would change without it (as by `leave_one_out`). What it makes of that is remembered
+    for the model: its later caches know it before they read. A shorter prompt speaks for itself, and what comes after
+    it is added until there are as many tokens.
+    """
+
+    learns = True
+    probe_tokens: int
+
+    @property
+    def reads_again(self) -> bool:
+        return True
+
+    @property
+    def needs_outputs(self) -> bool:
+        return self.reads_again
+
+    @property
+    def again_tokens(self) -> int:
+        return self.probe_tokens
+
+    @property
+    def telling_tokens(self) -> int:
+        """How many tokens have to be told of before the rest of the model's life goes by them."""
+        return self.probe_tokens - lead_of(self.probe_tokens)
+
+    def observe_again(self, states: LayerStates) -> Statistics:
+        return Statistics(tokens=changes_left_out(states))
+
+    def known(self, layers: Sequence[int]) -> Lesson | None:
+        """What it brings along of these layers; `None` where it has to learn."""
+        return None
+
+    @abstractmethod
+    def learn(self, layers: Sequence[LayerStates], gather: Gather) -> list[Tensor]:
+        """What it makes of what one row of a batch was told.
+
+        Args:
+            layers: of each layer, the tokens that were told of, `[1, H, n, D]`; how much the output changes without
+                each stands in `statistics.tokens`, `[1, H, n]`.
+            gather: gives numbers about heads `[N, ...]` of all processes that share the layers' heads, and which of
+                them are those that it was given.
+
+        Returns:
+            by layer `[H, ...]`, which `states.lesson` then brings back.
+        """
+
+
+def lead_of(count: int) -> int:
+    """How many of so many tokens that are read again tell nothing."""
+    return min(count // 2, LEAD)

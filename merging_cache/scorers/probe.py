@@ -1,0 +1,95 @@
+"""Tokens that matter by a linear probe of their keys and values, which the model itself has taught."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..learner import Gather, Learner
+from ..linalg import solve_positive_definite
+from ..stage import option
+from ..states import TILE, LayerStates
+from .base import Scorer
+from .keydiff import KeyDiffScorer
+
+LEAST = 1e-8  # the smallest change that is told from none
+RIDGE = 1.0  # added to the variance of each standardized input
+
+
+@dataclass
+class ProbeScorer(Learner, Scorer):
+    """What a linear probe of key and value says of how much the layer's output would change without the token.
+
+    `log s = w_k k + w_v v + c`, with weights of its own for each KV head, where k is the key before RoPE (as it is,
+    where the embedding cannot be made out) and v the value. The weights are learned from the model's first prompt, of
+    which `probe_tokens` are read again: ridge regression of the logarithm of what `leave_one_out` says of them, on
+    standardized keys and values. So the score is what a second reading would say, for the price of a product; as
+    KVzap's (arXiv:2601.07891), but nothing has to be trained beforehand. Where nothing is known yet, without the model
+    to read again, it is that of `keydiff`.
+
+    Args:
+        probe_tokens: how many tokens of the first prompts are read again. They see the first few tokens and a window of
+            1,024 around themselves, so a long prompt makes them no slower.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from merging_cache import MergingDynamicCache
+        >>> config = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        ...     num_key_value_heads=2, vocab_size=99)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> cache = MergingDynamicCache(model=model, scorer="probe", compression_ratio=0.75)
+        >>> output = model.generate(torch.arange(80)[None], past_key_values=cache, max_new_tokens=2, min_new_tokens=2)
+        >>> cache.report().layers[0].scorer
+        'probe'
+    """
+
+    uses_rotary = True
+    default_budget = "profile"
+    recent_share = 1 / 16  # the last tokens are judged like all others
+
+    probe_tokens: int = option(320, minimum=1)
+
+    def learn(self, layers: Sequence[LayerStates], gather: Gather) -> list[Tensor]:
+        return [fitted(torch.cat(inputs(layer), dim=-1)[0], layer.statistics.tokens[0]) for layer in layers]
+
+    def score(self, states: LayerStates) -> Tensor:
+        if states.lesson is None:
+            return KeyDiffScorer().score(states)
+        weights = states.lesson.to(states.keys.device)
+        weights = weights.expand(len(states.keys), -1, -1)
+        split = [states.keys.shape[3], states.values.shape[3], 1]
+        of_keys, of_values, constant = weights.unsqueeze(-1).split(split, dim=2)
+        batch, heads, length, dim = states.keys.shape
+        step = max(1, TILE // (batch * heads * dim))
+        parts = (inputs(states, slice(first, first + step)) for first in range(0, length, step))
+        scores = [keys @ of_keys + values @ of_values for keys, values in parts]
+        return (torch.cat(scores, dim=2) + constant).squeeze(-1)
+
+
+def inputs(states: LayerStates, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Keys before RoPE and values of a part of the tokens, `[B, H, n, D]` each, in fp32."""
+    keys, positions = states.keys[:, :, part], states.positions[:, :, part]
+    if states.rotary is not None:
+        # once for all heads, where they have the same tokens
+        positions = positions[:, 0] if positions.stride(1) == 0 else positions
+        keys = states.rotary.unrotated(keys, positions)
+    return keys.float(), states.values[:, :, part].float()
+
+
+def fitted(inputs: Tensor, changes: Tensor) -> Tensor:
+    """`[H, D + 1]`, weights and constant of the linear map from inputs `[H, n, D]` to the logarithm of `[H, n]`."""
+    heads, count, dim = inputs.shape
+    if not count:
+        return inputs.new_zeros(heads, dim + 1)
+    wanted, inputs = changes.clamp_min(LEAST).log().double().unsqueeze(-1), inputs.double()
+    middle, level = inputs.mean(dim=1, keepdim=True), wanted.mean(dim=1, keepdim=True)
+    deviation = (inputs - middle).square().mean(dim=1, keepdim=True).sqrt()
+    # nothing goes by what hardly varies
+    deviation = deviation.masked_fill(deviation <= 1e-4 * deviation.amax(dim=2, keepdim=True), torch.inf)
+    standard = (inputs - middle) / deviation
+    gram = standard.mT @ standard + RIDGE * count * torch.eye(dim, dtype=inputs.dtype, device=inputs.device)
+    weights = solve_positive_definite(gram, standard.mT @ (wanted - level)).mT / deviation  # [H, 1, D]
+    constant = level - (weights * middle).sum(dim=2, keepdim=True)
+    return torch.cat([weights, constant], dim=2).squeeze(1).float()

@@ -1,0 +1,167 @@
+"""The scorer that a model teaches with its first prompt: the fit against least squares, scores against loops."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import reference
+from merging_cache import LayerStates, MergingConfig, MergingDynamicCache, Reading, merging_attention
+from merging_cache.model import cache_argument, rotary_of
+from merging_cache.scorers import KeyDiffScorer, ProbeScorer
+from merging_cache.scorers.probe import fitted
+from models import WINDOW, assert_same_cache, llama, prompt, tiny_model
+
+pytestmark = pytest.mark.core
+PROBE = {"name": "probe", "probe_tokens": 24}
+
+
+def probed(model, **options):
+    return MergingDynamicCache(model=model, **{"scorer": PROBE, "merger": "drop"} | WINDOW | options)
+
+
+# The fit --------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(2, 40), st.integers(1, 6), st.integers(0, 10**6))
+def test_the_fit_is_ridge_regression_of_logarithms(count, dim, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(2, count, dim, generator=generator) * 3 + 5
+    changes = torch.randn(2, count, generator=generator).exp()
+    for head, found in enumerate(fitted(inputs, changes)):
+        x, y = inputs[head].double(), changes[head].double().log()
+        spread = x.std(dim=0, correction=0)
+        # rows that ask for weights of zero, as many times as there are tokens
+        rows = torch.cat([(x - x.mean(dim=0)) / spread, math.sqrt(count) * torch.eye(dim, dtype=torch.double)])
+        wanted = torch.cat([y - y.mean(), torch.zeros(dim, dtype=torch.double)])
+        weights = torch.linalg.lstsq(rows, wanted.unsqueeze(1), driver="gelsd").solution.squeeze(1) / spread
+        expected = torch.cat([weights, (y.mean() - weights @ x.mean(dim=0)).view(1)])
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_goes_by_what_never_varies():
+    inputs, changes = torch.randn(1, 30, 3), torch.rand(1, 30)
+    inputs[..., 1] = 7.0
+    weights = fitted(inputs, changes)
+    assert weights[0, 1] == 0
+    torch.testing.assert_close(weights[:, [0, 2, 3]], fitted(inputs[..., [0, 2]], changes))
+
+
+def test_one_token_says_what_is_usual_and_none_says_nothing():
+    inputs = torch.randn(2, 1, 3)
+    once = fitted(inputs, torch.tensor([[0.5], [0.0]]))
+    assert once[:, :3].eq(0).all()
+    assert once[:, 3].tolist() == pytest.approx([math.log(0.5), math.log(1e-8)])  # never minus infinity
+    assert fitted(inputs[:, :0], torch.zeros(2, 0)).tolist() == [[0.0] * 4] * 2
+
+
+# The scores -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_scores_are_products_with_keys_before_rope_and_values(family, monkeypatch):
+    """However many tokens are looked at a time; without a rotary embedding with the keys as they are."""
+    model, generator = tiny_model(family), torch.Generator().manual_seed(3)
+    module = next(part for name, part in model.named_modules() if name.endswith((".self_attn", ".attn")))
+    with merging_attention(model):
+        rotary = rotary_of(module) if family == "llama" else None
+    keys, values = torch.randn(2, 1, 2, 30, 16, generator=generator)
+    positions = torch.stack([torch.arange(30) * (head + 1) for head in range(2)]).unsqueeze(0)
+    lesson = torch.randn(1, 2, 33, generator=generator)
+    for places in (positions, positions[:, :1].expand(-1, 2, -1)):
+        states = LayerStates(keys, values, places, rotary=rotary, lesson=lesson)
+        scores = ProbeScorer().score(states)
+        for head in range(2):
+            for token in range(30):
+                key = keys[0, head, token]
+                if rotary is not None:
+                    key = reference.rotation(int(places[0, head, token]), 16).float().T @ key
+                said = torch.cat([key, values[0, head, token], torch.ones(1)]) @ lesson[0, head]
+                assert scores[0, head, token].item() == pytest.approx(said.item(), abs=1e-4)
+        monkeypatch.setattr("merging_cache.scorers.probe.TILE", 100)
+        torch.testing.assert_close(ProbeScorer().score(states), scores)
+        monkeypatch.undo()
+        part = states.of_heads(slice(1, 2))
+        part = LayerStates(part.keys, part.values, part.positions, rotary=rotary, lesson=lesson[:, 1:])
+        torch.testing.assert_close(ProbeScorer().score(part), scores[:, 1:])
+
+
+def test_lessons_go_with_their_rows_and_heads():
+    lesson = torch.arange(12.0).view(2, 2, 3)
+    states = LayerStates(*torch.randn(2, 2, 2, 5, 4), lessons={"scorer": lesson, "budget": lesson[:1]})
+    assert torch.equal(states.for_stage("scorer").lesson, lesson)
+    assert states.for_stage("merger").lesson is None
+    row = states.select(torch.tensor([1]), torch.arange(3))
+    assert torch.equal(row.lessons["scorer"], lesson[1:])
+    assert torch.equal(row.lessons["budget"], lesson[:1])  # one row stands for all
+    assert torch.equal(row.of_heads(slice(1, 2)).lessons["scorer"], lesson[1:, 1:])
+
+
+# What is learned ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_model_teaches_what_its_second_reading_says():
+    """The weights are those of a fit to what each token that tells was told, of its key before RoPE and its value."""
+    model, ids, told = llama(), prompt(80), {}
+
+    class Watched(ProbeScorer):
+        def learn(self, layers, gather):
+            told.update(enumerate(layers))
+            return super().learn(layers, gather)
+
+    cache = MergingDynamicCache(model=model, scorer=Watched(24), budget="uniform", merger="drop", **WINDOW)
+    model(ids, **cache_argument(cache))
+    full = MergingDynamicCache(model=model, compression_ratio=0)
+    model(ids, **cache_argument(full))
+    middle = torch.arange(40, 52)  # the later half of 24 of 80
+    for number, states in told.items():
+        keys, values = full.layers[number].keys[0, :, middle], full.layers[number].values[0, :, middle]
+        assert torch.equal(states.keys[0], keys)
+        assert torch.equal(states.values[0], values)
+        turned = torch.stack([reference.rotation(int(place), 16).float().T for place in middle])
+        inputs = torch.cat([(turned @ keys.unsqueeze(-1)).squeeze(-1), values], dim=-1)
+        changes = states.statistics.tokens[0]
+        assert changes.min() > 0
+        lesson = cache._shared.learned["scorer"].lesson.tables[number][0]
+        torch.testing.assert_close(lesson, fitted(inputs, changes), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_both_stages_learn_of_one_reading():
+    """As many tokens are read again as the one that wants more of them asks for, and once for the model."""
+    model, read = llama(), []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    cache = probed(model, compression_ratio=0.5, budget={"name": "profile", "probe_tokens": 8})
+    model(prompt(80), **cache_argument(cache))
+    assert read == [80, 24]
+    assert not any(layer._observed.remembered for layer in cache.folding_layers)  # it is not kept
+    later = probed(model, compression_ratio=0.75, budget={"name": "profile", "probe_tokens": 8})
+    model(prompt(70, seed=4), **cache_argument(later))
+    assert read == [80, 24, 70]
+    assert later._shared.learned["scorer"].lesson is cache._shared.link.memory[repr(ProbeScorer(24))]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("budget", ["uniform", "adakv", "global", "profile"])
+def test_a_fold_that_learned_is_a_fold_that_knew(budget):
+    model, ids = llama(), prompt(120)
+    learning, knowing = (probed(model, budget=budget, compression_ratio=0.5) for _ in range(2))
+    for cache in (learning, knowing):
+        model(ids, **cache_argument(cache))
+    assert_same_cache(knowing, learning)
+    filled = Reading(model, ids).fill(probed(model, budget=budget, compression_ratio=0.5))
+    assert_same_cache(filled, learning)
+
+
+def test_the_default_is_what_the_model_allows():
+    states = LayerStates(torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8))
+    assert torch.equal(ProbeScorer().score(states), KeyDiffScorer().score(states))  # as long as nothing is known
+    names = [type(MergingConfig().build(*given).scorer).__name__ for given in ((False, True), (True, False))]
+    assert names == ["KeyDiffScorer", "KeyDiffScorer"]
+    fold = MergingConfig().build(linked=True, rereadable=True)
+    assert (type(fold.scorer).__name__, type(fold.budget).__name__) == ("ProbeScorer", "ProfileBudget")
+    assert MergingConfig.from_dict(MergingConfig().to_dict()) == MergingConfig()
