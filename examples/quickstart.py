@@ -58,8 +58,9 @@ class Variant:
         ]
 
 
-def build_variants(model, tokens: int, options: argparse.Namespace) -> list[Variant]:
-    """The full cache, then dropping and merging at each ratio, at the same bytes."""
+def build_variants(model, page: list[int], options: argparse.Namespace) -> list[Variant]:
+    """The full cache, then dropping and merging at each ratio, at the same bytes for a page of tokens."""
+    tokens = len(page)
 
     def cache_for(**sizes) -> Callable[[], Cache]:
         merging = {"scorer": options.scorer, "budget": options.budget} | sizes
@@ -72,7 +73,7 @@ def build_variants(model, tokens: int, options: argparse.Namespace) -> list[Vari
     for ratio in options.ratios:
         slots = int(tokens * (1 - ratio))
         merging = Variant(f"{options.merger}, {ratio:.0%} evicted", cache_for(merger=options.merger, max_tokens=slots))
-        more = same_bytes(model, tokens, cache_for, merging, slots)
+        more = same_bytes(model, page, cache_for, merging, slots)
         variants += [
             Variant(f"drop, {1 - more / tokens:.0%} evicted", cache_for(merger="drop", max_tokens=more)),
             merging,
@@ -80,9 +81,9 @@ def build_variants(model, tokens: int, options: argparse.Namespace) -> list[Vari
     return variants
 
 
-def same_bytes(model, tokens: int, cache_for: Callable, merging: Variant, slots: int) -> int:
+def same_bytes(model, page: list[int], cache_for: Callable, merging: Variant, slots: int) -> int:
     """How many slots dropping may have for the bytes of a merging cache with `slots`."""
-    reading = Reading(model, torch.arange(tokens, device=model.device)[None] % 90, progress=False)
+    reading = Reading(model, torch.tensor([page], device=model.device), progress=False)
 
     def nbytes(make: Callable[[], Cache]) -> int:
         cache = reading.fill(make())
@@ -90,7 +91,7 @@ def same_bytes(model, tokens: int, cache_for: Callable, merging: Variant, slots:
         return report_layers(cache.layers).total.bytes_now
 
     at_slots = nbytes(cache_for(merger="drop", max_tokens=slots))
-    return min(tokens, round(slots * nbytes(merging.make_cache) / at_slots))
+    return min(len(page), round(slots * nbytes(merging.make_cache) / at_slots))
 
 
 def is_right(answer: str, right: str) -> bool:
@@ -167,7 +168,7 @@ def run(model, tokenizer, options: argparse.Namespace) -> None:
         for index in range(options.pages)
     ]
     encoded = [[encoder(question) for question in page] for page in pages]
-    variants = build_variants(model, len(encoded[0][0].read), options)
+    variants = build_variants(model, encoded[0][0].read, options)
     with tqdm(total=len(variants) * sum(map(len, pages)), unit="answer", desc="asking") as bar:
         # variants take turns on each page, so that a busy machine slows them all alike
         for page, tokens in zip(pages, encoded, strict=True):

@@ -232,7 +232,7 @@ class MergingDynamicCache(DynamicCache):
                 layer.check_finite()
             due = shared.again.run(self.layers, shared.padding, decoder, shared.row_is_due)
             for one in shared.learned.values():
-                one.learn(layers)
+                one.learn(layers, due.words)
         for layer in layers:
             layer.fold()
         if due is not None:

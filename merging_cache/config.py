@@ -36,10 +36,10 @@ class MergingConfig:
             `max(1, floor(seen * (1 - compression_ratio)))` slots. 0.5 unless `max_tokens` is given; 0 folds nothing.
         max_tokens: instead of a ratio, at most this many slots per head after a fold.
         budget: how slots are shared among layers and heads: a name of `BUDGETS`, a dict or a `Budget`. `"auto"` is the
-            scorer's own where the cache is given the model (`"profile"` for `probe`, `keydiff` and `cap`, `"global"` for `kvzip`
-            and `leave_one_out`, `"pyramid"` for `pyramidkv`, `"uniform"` for the others), `"uniform"` where it is given
-            its config only or the model cannot be linked; `"adakv"` for what would read the prompt again where a model
-            cannot.
+            scorer's own where the cache is given the model (`"profile"` for `probe`, `keydiff` and `cap`, `"global"`
+            for `kvzip` and `leave_one_out`, `"pyramid"` for `pyramidkv`, `"uniform"` for the others), `"uniform"` where
+            it is given its config only or the model cannot be linked; `"adakv"` for what would read the prompt again
+            where a model cannot.
         merger: what becomes of the evicted: a name of `MERGERS`, a dict or a `Merger`. `"auto"` is `"refit"` where the
             cache is given the model, `"drop"` where it is given its config only or the model cannot be linked.
         calibration: the folder of a calibration of the model (`calibrate`): short for its gates as the scorer

@@ -30,10 +30,13 @@ class Lesson:
         """Of how many rows it is; 1 may stand for all."""
         return len(self.tables[0])
 
-    @property
-    def mean(self) -> "Lesson":
-        """That of all rows together."""
-        return Lesson([one.mean(dim=0, keepdim=True) for one in self.tables])
+    def row(self, index: int) -> "Lesson":
+        """Of one row."""
+        return Lesson([one[index : index + 1] for one in self.tables])
+
+    def repeated(self, count: int) -> "Lesson":
+        """Of one row for so many."""
+        return Lesson([one.expand(count, *one.shape[1:]) for one in self.tables])
 
     def mixed(self, other: "Lesson", weight: Tensor) -> "Lesson":
         """With that much of another one in each row, `[B]` from 0 to 1."""
@@ -59,7 +62,8 @@ class Learner(Stage):
     behind the prompt. The first of them, `LEAD` or half, get it into the text; of each of the others the stage is told
     how much the layers' outputs would change without it (as by `leave_one_out`). What it makes of that is remembered
     for the model: its later caches know it before they read. A shorter prompt speaks for itself, and what comes after
-    it is added until there are as many tokens.
+    it is added until there are as many tokens. Of those about every other one has to be different: a prompt of the
+    same few tokens, as models are warmed up with, teaches little.
     """
 
     learns = True

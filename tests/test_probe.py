@@ -142,7 +142,7 @@ def test_both_stages_learn_of_one_reading():
     later = probed(model, compression_ratio=0.75, budget={"name": "profile", "probe_tokens": 8})
     model(prompt(70, seed=4), **cache_argument(later))
     assert read == [80, 24, 70]
-    assert later._shared.learned["scorer"].lesson is cache._shared.link.memory[repr(ProbeScorer(24))]
+    assert later._shared.learned["scorer"].lesson is cache._shared.link.memory[repr(ProbeScorer(24))].lesson
 
 
 @torch.no_grad()

@@ -190,6 +190,25 @@ def test_short_prompts_are_added_up():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("stages", [{}, PROBE])
+def test_a_model_that_is_warmed_up_is_not_taught(stages):
+    """The same token again and again, in one prompt or many, is as one or two of a text."""
+    model = llama()
+    cache = profiled(model, compression_ratio=0.5, **stages)
+    model(torch.full((1, 80), 7), **cache_argument(cache))
+    assert cache._shared.is_to_be_read_again
+    assert all(one._told.tolist() == [2] for one in cache._shared.learned.values())
+    model(torch.full((1, 80), 7), **cache_argument(profiled(model, compression_ratio=0.5, **stages)))
+    assert profiled(model, **stages)._shared.is_to_be_read_again
+    other = profiled(model, compression_ratio=0.5, **stages)
+    model(inputs_embeds=model.get_input_embeddings()(torch.full((1, 80), 7)), **cache_argument(other))
+    assert other._shared.is_to_be_read_again
+    other = profiled(model, compression_ratio=0.5, **stages)
+    model(inputs_embeds=model.get_input_embeddings()(prompt(80)), **cache_argument(other))
+    assert not other._shared.is_to_be_read_again
+
+
+@torch.no_grad()
 def test_a_cache_keeps_to_its_profile_until_it_is_emptied():
     """Whatever other caches of the model find out meanwhile."""
     model = llama()

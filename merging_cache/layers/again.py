@@ -94,12 +94,14 @@ class Due:
         rows: `[B]` bool, those that are to be folded.
         asked: `[B, L]` bool, what is read again.
         told: `[B, L]` bool, what tells something of that.
+        words: by row, what these tokens are, so that one may tell which of them are different.
     """
 
     real: Tensor
     rows: Tensor
     asked: Tensor
     told: Tensor
+    words: list[list[float]]
 
     @property
     def number(self) -> Tensor:
@@ -231,7 +233,15 @@ class SecondReading:
         real = torch.ones(len(given), seen, dtype=torch.bool, device=given.device) if padded is None else ~padded
         rows = torch.tensor([is_due(count) for count in real.sum(dim=1).tolist()], device=given.device)
         asked = self._unread(real) & rows.unsqueeze(1)
-        return Due(real, rows, *((asked, asked) if self.part is None else middle_of(asked, self.part)))
+        asked, told = (asked, asked) if self.part is None else middle_of(asked, self.part)
+        return Due(real, rows, asked, told, self._words(told))
+
+    def _words(self, told: Tensor) -> list[list[float]]:
+        """Ids, or for embeddings a number that is hardly ever the same for two."""
+        parts = [part if part.dim() == 2 else part.float().sum(dim=-1) for _, part in self._passes]
+        given = torch.cat([part.double() for part in parts], dim=1)
+        last = told[:, told.shape[1] - given.shape[1] :]
+        return [mine[there].tolist() for mine, there in zip(given, last, strict=True)]
 
     def _unread(self, real: Tensor) -> Tensor:
         """Which of the tokens `[B, L]` were not read again yet."""

@@ -1,6 +1,8 @@
 """Learned: what a stage has learned of the model of a cache, found once and remembered for its later caches."""
 
+import functools
 from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +18,32 @@ class Told(Protocol):
 
     def told(self, stage: str) -> list[LayerStates]:
         """By row, its tokens that were read again, with what a stage of this name was told of them."""
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a model has taught a stage so far, whichever caches it came from.
+
+    Args:
+        lesson: of one row.
+        told: how many tokens it comes from.
+        words: which; of a text about every other one is different.
+    """
+
+    lesson: Lesson
+    told: float
+    words: frozenset[float]
+
+    @property
+    def worth(self) -> float:
+        """For how many tokens of a text it counts: the same few again and again, as in warming up, teach little."""
+        return min(self.told, 2 * len(self.words))
+
+    def and_then(self, other: "Taught") -> "Taught":
+        """With what was taught later."""
+        told = self.told + other.told
+        lesson = self.lesson.mixed(other.lesson, torch.tensor([other.told / told], dtype=torch.double))
+        return Taught(lesson, told, self.words | other.words)
 
 
 class Learned:
@@ -38,19 +66,23 @@ class Learned:
         known = stage.known(layers)
         if known is not None and group is not None:
             known = known.of_process(dist.get_rank(group), dist.get_world_size(group))
-        self._memory = memory if known is None else {repr(stage): known}
+        self._known, self._memory = known, memory
         self.forget()
 
     def forget(self) -> None:
         """The cache is empty, or holds another batch; what is remembered of the model stays."""
-        self._own: Lesson | None = None
-        self._told: Tensor | None = None  # [B or 1], tokens that were told of, while those of a row are few
+        self._own = self._known
+        self._told: Tensor | None = None  # [B], tokens that were told of, while those of a row are few
+
+    @property
+    def _taught(self) -> Taught | None:
+        return self._memory.get(repr(self.stage))
 
     @property
     def lesson(self) -> Lesson | None:
         """`None` until something is known."""
-        if self._own is None:
-            self._own = self._memory.get(repr(self.stage))
+        if self._own is None and self._taught is not None and self._taught.worth >= self.stage.telling_tokens:
+            self._own = self._taught.lesson
         return self._own
 
     @property
@@ -58,14 +90,19 @@ class Learned:
         """Whether all is known, and nothing has to be read again."""
         return self.lesson is not None and self._told is None
 
-    def learn(self, layers: Sequence[Told]) -> None:
-        """Once all layers have been told of the tokens that were read again."""
+    def learn(self, layers: Sequence[Told], words: Sequence[Sequence[float]]) -> None:
+        """Once all layers have been told of the tokens that were read again, which of each row are `words`."""
         told = [layer.told(self.name) for layer in layers]
         if self.is_settled:
             return
-        new = torch.tensor([row.num_tokens for row in told[0]], dtype=torch.double)
         rows = [self.stage.learn(list(of_row), self._gather) for of_row in zip(*told, strict=True)]
         found = Lesson([torch.stack(tables).cpu() for tables in zip(*rows, strict=True)])
+        each = [Taught(found.row(row), len(mine), frozenset(mine)) for row, mine in enumerate(words)]
+        new = torch.tensor([one.worth for one in each], dtype=torch.double)
+        before = self._taught
+        if self._own is None and before is not None:  # by other caches, but not enough
+            self._own = before.lesson.repeated(len(each))
+            self._told = torch.full_like(new, before.worth)
         if self._own is None:
             self._own, self._told = found, new
         else:
@@ -74,7 +111,10 @@ class Learned:
             self._told = self._told + few * new
         if (self._told >= self.stage.telling_tokens).all():
             self._told = None
-            self._memory.setdefault(repr(self.stage), self._own.mean)
+        if before is None or before.worth < self.stage.telling_tokens:
+            telling = [one for one in (before, *each) if one is not None and one.told]
+            if telling:
+                self._memory[repr(self.stage)] = functools.reduce(Taught.and_then, telling)
 
     def _gather(self, numbers: Tensor) -> tuple[Tensor, slice]:
         """Numbers about heads `[N, ...]` of all processes, and which of them are these."""
@@ -89,7 +129,7 @@ class Learned:
         """Make row `indices[i]` of the batch row i."""
         if self._own is not None:
             self._own = self._own.select_rows(indices)
-        if self._told is not None and len(self._told) > 1:
+        if self._told is not None:
             self._told = self._told[indices.cpu()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Learned":
