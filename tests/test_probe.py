@@ -165,3 +165,20 @@ def test_the_default_is_what_the_model_allows():
     fold = MergingConfig().build(linked=True, rereadable=True)
     assert (type(fold.scorer).__name__, type(fold.budget).__name__) == ("ProbeScorer", "ProfileBudget")
     assert MergingConfig.from_dict(MergingConfig().to_dict()) == MergingConfig()
+
+
+@torch.no_grad()
+def test_a_scorer_around_it_learns_and_hands_on():
+    """What wraps a scorer is taught in its place, once for the model."""
+    model, read = llama(), []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    wrapping = {"name": "chunk_kv", "scorer": PROBE, "chunk_length": 1}
+    caches = []
+    for scorer in (wrapping, wrapping, PROBE):
+        caches.append(probed(model, scorer=scorer, budget="uniform", compression_ratio=0.5))
+        model(prompt(80), **cache_argument(caches[-1]))
+    assert read == [80, 24, 80, 80, 24]
+    lessons = [cache._shared.learned["scorer"].lesson.tables for cache in caches]
+    for tables in zip(*lessons, strict=True):
+        assert torch.equal(tables[0], tables[1])
+        assert torch.equal(tables[0], tables[2])
