@@ -34,10 +34,6 @@ class Lesson:
         """Of one row."""
         return Lesson([one[index : index + 1] for one in self.tables])
 
-    def repeated(self, count: int) -> "Lesson":
-        """Of one row for so many."""
-        return Lesson([one.expand(count, *one.shape[1:]) for one in self.tables])
-
     def mixed(self, other: "Lesson", weight: Tensor) -> "Lesson":
         """With that much of another one in each row, `[B]` from 0 to 1."""
 
@@ -61,9 +57,9 @@ class Learner(Stage):
     After the first prompt the cache has the model read `probe_tokens` from its middle again, from where it stands
     behind the prompt. The first of them, `LEAD` or half, get it into the text; of each of the others the stage is told
     how much the layers' outputs would change without it (as by `leave_one_out`). What it makes of that is remembered
-    for the model: its later caches know it before they read. A shorter prompt speaks for itself, and what comes after
-    it is added until there are as many tokens. Of those about every other one has to be different: a prompt of the
-    same few tokens, as models are warmed up with, teaches little.
+    for the model: its later caches know it before they read. A shorter prompt speaks for itself, with what comes after
+    it in its cache, and what such prompts teach is added up for later caches, until it comes from as many tokens. Of
+    those about every other one has to be different: the same few tokens, as models are warmed up with, teach little.
     """
 
     learns = True

@@ -182,3 +182,26 @@ def test_a_scorer_around_it_learns_and_hands_on():
     for tables in zip(*lessons, strict=True):
         assert torch.equal(tables[0], tables[1])
         assert torch.equal(tables[0], tables[2])
+
+
+@torch.no_grad()
+def test_short_prompts_give_the_same_again_and_add_up():
+    """As long as little is known each goes by itself alone; different ones teach later caches together."""
+    model = llama()
+
+    def read(seed, length=16):
+        cache = probed(model, budget="uniform", compression_ratio=0.5)
+        model(prompt(length, seed=seed), **cache_argument(cache))
+        return cache
+
+    first = read(0)
+    assert_same_cache(read(0), first)
+    assert read(0)._shared.is_to_be_read_again  # 8 tokens of 12, however often
+    memory = first._shared.link.memory[repr(ProbeScorer(24))]
+    assert memory.worth < 12
+    read(1)
+    later = probed(model, budget="uniform", compression_ratio=0.5)
+    assert not later._shared.is_to_be_read_again
+    taught = later._shared.link.memory[repr(ProbeScorer(24))]
+    assert taught.worth >= 12
+    assert len(taught.words) > len(memory.words)

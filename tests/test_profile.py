@@ -29,6 +29,11 @@ def profiled(model, **options):
     )
 
 
+def model_memory(cache):
+    """What the model has taught the budget."""
+    return cache._shared.link.memory[repr(cache._shared.fold.budget)]
+
+
 def counts(cache):
     """`[layers * H]`, the slots of each head of the first row."""
     return torch.cat([layer.slots_per_head[0] for layer in cache.folding_layers])
@@ -218,7 +223,7 @@ def test_a_cache_keeps_to_its_profile_until_it_is_emptied():
     assert cache._shared.is_to_be_read_again
     cache.reset()
     assert not cache._shared.is_to_be_read_again
-    found = other._shared.learned["budget"].lesson
+    found = model_memory(other).lesson
     model(prompt(60, seed=3), **cache_argument(cache))
     for mine, theirs in zip(cache._shared.learned["budget"].lesson.tables, found.tables, strict=True):
         assert torch.equal(mine, theirs)

@@ -1,6 +1,5 @@
 """Learned: what a stage has learned of the model of a cache, found once and remembered for its later caches."""
 
-import functools
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,30 +25,33 @@ class Taught:
 
     Args:
         lesson: of one row.
-        told: how many tokens it comes from.
-        words: which; of a text about every other one is different.
+        words: the tokens that it comes from.
+        worth: for how many tokens of a text it counts. In a text about every other one is different; the same few again
+            and again, as where a model is warmed up, teach little.
     """
 
     lesson: Lesson
-    told: float
     words: frozenset[float]
+    worth: float
 
-    @property
-    def worth(self) -> float:
-        """For how many tokens of a text it counts: the same few again and again, as in warming up, teach little."""
-        return min(self.told, 2 * len(self.words))
+    @classmethod
+    def by(cls, lesson: Lesson, words: Sequence[float], known: frozenset[float] = frozenset()) -> "Taught":
+        """By a row of these tokens, after those that are known."""
+        different = frozenset(words) - known
+        return cls(lesson, different, min(len(words), 2 * len(different)))
 
     def and_then(self, other: "Taught") -> "Taught":
         """With what was taught later."""
-        told = self.told + other.told
-        lesson = self.lesson.mixed(other.lesson, torch.tensor([other.told / told], dtype=torch.double))
-        return Taught(lesson, told, self.words | other.words)
+        worth = self.worth + other.worth
+        share = torch.tensor([other.worth / worth if worth else 0.0], dtype=torch.double)
+        return Taught(self.lesson.mixed(other.lesson, share), self.words | other.words, worth)
 
 
 class Learned:
     """A cache's side of it: the lesson that one of its stages goes by from the first fold until the cache is emptied.
 
-    Each row of a batch has its own, as if it were alone, unless the model is known when the cache folds first.
+    Each row of a batch has its own, as if it were alone, unless the model is known when the cache folds first. Of a
+    batch the row that has most to tell teaches the model.
 
     Args:
         name: of the stage, among the cache's.
@@ -97,12 +99,7 @@ class Learned:
             return
         rows = [self.stage.learn(list(of_row), self._gather) for of_row in zip(*told, strict=True)]
         found = Lesson([torch.stack(tables).cpu() for tables in zip(*rows, strict=True)])
-        each = [Taught(found.row(row), len(mine), frozenset(mine)) for row, mine in enumerate(words)]
-        new = torch.tensor([one.worth for one in each], dtype=torch.double)
-        before = self._taught
-        if self._own is None and before is not None:  # by other caches, but not enough
-            self._own = before.lesson.repeated(len(each))
-            self._told = torch.full_like(new, before.worth)
+        new = torch.tensor([min(len(mine), 2 * len(set(mine))) for mine in words], dtype=torch.double)
         if self._own is None:
             self._own, self._told = found, new
         else:
@@ -111,10 +108,11 @@ class Learned:
             self._told = self._told + few * new
         if (self._told >= self.stage.telling_tokens).all():
             self._told = None
+        before = self._taught
         if before is None or before.worth < self.stage.telling_tokens:
-            telling = [one for one in (before, *each) if one is not None and one.told]
-            if telling:
-                self._memory[repr(self.stage)] = functools.reduce(Taught.and_then, telling)
+            row = int(new.argmax())
+            taught = Taught.by(found.row(row), words[row], frozenset() if before is None else before.words)
+            self._memory[repr(self.stage)] = taught if before is None else before.and_then(taught)
 
     def _gather(self, numbers: Tensor) -> tuple[Tensor, slice]:
         """Numbers about heads `[N, ...]` of all processes, and which of them are these."""
