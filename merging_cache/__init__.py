@@ -5,7 +5,7 @@ from .cache import MergingDynamicCache
 from .calibration import Calibration, calibrate
 from .config import MergingConfig
 from .mergers import MERGERS, Merger
-from .model import load_model, merging_attention
+from .model import forget, load_model, merging_attention
 from .quantized_cache import MergingQuantizedCache
 from .reading import Comparison, Reading, compare
 from .report import CacheReport, LayerReport, plot_merges
@@ -35,6 +35,7 @@ __all__ = [
     "Survivors",
     "calibrate",
     "compare",
+    "forget",
     "load_model",
     "merging_attention",
     "plot_merges",

@@ -16,6 +16,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 FLOORS = [
     ("linalg", "states", "model"),
     ("stage",),
+    ("learner",),
     ("scorers", "budgets", "mergers", "storage"),
     ("fold",),
     ("config",),
@@ -27,7 +28,7 @@ FLOORS = [
     ("evaluation",),
     ("calibration",),
 ]
-PURE = ("linalg", "states", "stage", "scorers", "budgets", "mergers", "fold")  # tensors in, tensors out
+PURE = ("linalg", "states", "stage", "learner", "scorers", "budgets", "mergers", "fold")  # tensors in, tensors out
 GUESTS = {  # what files of these rooms may know besides torch
     "scorers.kvpress": {"kvpress"},
     "scorers.weights": {"numpy", "safetensors", "huggingface_hub"},

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
-from merging_cache import LayerStates, MergingConfig, MergingDynamicCache, Reading, merging_attention
+from merging_cache import LayerStates, MergingConfig, MergingDynamicCache, Reading, forget, merging_attention
 from merging_cache.model import cache_argument, rotary_of
 from merging_cache.scorers import KeyDiffScorer, ProbeScorer
 from merging_cache.scorers.probe import fitted
@@ -205,3 +205,87 @@ def test_short_prompts_give_the_same_again_and_add_up():
     taught = later._shared.link.memory[repr(ProbeScorer(24))]
     assert taught.worth >= 12
     assert len(taught.words) > len(memory.words)
+
+
+@torch.no_grad()
+def test_the_same_prompt_again_teaches_nothing():
+    """Warming up and signs of life; the lesson stays that of the text."""
+    model = llama()
+    clean, ids = llama(), prompt(80, seed=5)
+    for _ in range(9):
+        model(torch.full((1, 60), 7), **cache_argument(probed(model, budget="uniform", compression_ratio=0.5)))
+    caches = [probed(one, budget="uniform", compression_ratio=0.5) for one in (model, clean)]
+    for one, cache in zip((model, clean), caches, strict=True):
+        assert cache._shared.is_to_be_read_again
+        one(ids, **cache_argument(cache))
+    memory = [cache._shared.link.memory[repr(ProbeScorer(24))] for cache in caches]
+    assert [one.worth for one in memory] == [14, 12]  # 2 of 12 tokens that are all the same
+    forget(model)
+    assert probed(model)._shared.is_to_be_read_again
+
+
+@torch.no_grad()
+def test_a_model_of_few_different_tokens_is_known_some_day():
+    model, read = llama(), []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        cache = probed(model, budget="uniform", compression_ratio=0.5)
+        model(torch.randint(1, 3, (1, 30), generator=generator), **cache_argument(cache))
+    assert read[-1] == 30
+    assert 8 < read.count(24) < 30
+
+
+def test_a_lesson_keeps_no_graph():
+    """Of the keys and values that it was made of, where someone trains."""
+    model = llama()
+    cache = probed(model, compression_ratio=0.5)
+    model(prompt(80), **cache_argument(cache))
+    for one in cache._shared.learned.values():
+        assert not any(table.requires_grad for table in one.lesson.tables)
+        assert not any(table.requires_grad for table in cache._shared.link.memory[repr(one.stage)].lesson.tables)
+
+
+@torch.no_grad()
+def test_an_adapter_around_the_output_projection_changes_nothing():
+    """Its weight is that of the layer that it is wrapped around; what does not fit is not taken for one."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, base_layer):
+            super().__init__()
+            self.base_layer = base_layer
+
+        @property
+        def weight(self):
+            return self.base_layer.weight
+
+        def forward(self, states):
+            return self.base_layer(states)
+
+    models = llama(), llama()
+    for layer in models[1].model.layers:
+        layer.self_attn.o_proj = Adapter(layer.self_attn.o_proj)
+    caches = [probed(model, compression_ratio=0.5) for model in models]
+    for model, cache in zip(models, caches, strict=True):
+        model(prompt(80), **cache_argument(cache))
+    assert_same_cache(*caches)
+
+
+@torch.no_grad()
+def test_auto_inside_of_another_scorer_is_what_it_is_alone():
+    wrapped = {"name": "chunk_kv", "scorer": "auto", "chunk_length": 4}
+    fold = MergingConfig(scorer=wrapped).build(linked=True)
+    assert type(fold.scorer.inner).__name__ == "ProbeScorer"
+    assert type(fold.budget).__name__ == "ProfileBudget"
+    assert type(MergingConfig(scorer=wrapped).build().scorer.inner).__name__ == "KeyDiffScorer"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options", [{}, {"merger": "drop"}, {"scorer": "keydiff", "budget": "adakv", "merger": "drop"}]
+)
+def test_double_precision(options):
+    model, ids = llama().double(), prompt(80)
+    cache = MergingDynamicCache(model=model, compression_ratio=0.5, **WINDOW, **options)
+    model(ids, **cache_argument(cache))
+    assert model(prompt(1), **cache_argument(cache)).logits.isfinite().all()

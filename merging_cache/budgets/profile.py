@@ -32,8 +32,7 @@ class ProfileBudget(Learner, Budget):
 
     Args:
         weights: the folder of a calibration (`calibrate`), whose profile is taken; then nothing is read again.
-        probe_tokens: how many tokens are read again. They see the first few tokens and a window of 1,024 around
-            themselves, so a long prompt makes them no slower.
+        probe_tokens: how many tokens are read again, see `ProbeScorer`.
     """
 
     ragged = True

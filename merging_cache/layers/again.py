@@ -20,7 +20,6 @@ from ..learner import LEAD
 from ..model import Pass, cache_argument, most_positions
 from ..stage import Stage
 from ..states import Statistics
-from ..storage import DenseStorage
 from .folding import FoldingLayer
 from .hybrid import HybridLayer, LinearAttentionLayer, linear_attention_state
 from .padding import Padding
@@ -217,8 +216,9 @@ class SecondReading:
         due = self._due(folding[0].seen, padding, is_due)
         for layer in folding:
             layer.is_to_look_again(due.told)
-        # packed keys are not those that others have seen
-        known = self._known if all(isinstance(layer.storage, DenseStorage) for layer in folding) else None
+        known = self._known
+        if known is not None and any(layer.storage.is_packed for layer in folding):
+            known = None  # its keys are not those that others have seen
         asked = self.stages, self.chunk_size, self.part, due.rows.tolist()
         if known is None or not known.give(asked, folding):
             started = time.perf_counter()

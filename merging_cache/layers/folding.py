@@ -254,6 +254,7 @@ class FoldingLayer(StoredLayer):
         statistics = self._observed.remembered.pop(stage, nothing).resized(self.num_stored)
         states = replace(self._states(*self.storage.read()), statistics=statistics)
         # where a token is read again no head has lost it
+        states = replace(states, keys=states.keys.detach(), values=states.values.detach())
         positions, rows = self.positions[:, 0], torch.arange(self.batch, device=self.device)
         asked = self._asked_again.gather(1, positions.clamp_min(0)) & (positions >= 0)
         return [states.select(row, there.nonzero().squeeze(1)) for row, there in zip(rows.split(1), asked, strict=True)]

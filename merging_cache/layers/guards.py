@@ -71,8 +71,9 @@ class Guards:
             names = " and ".join(stage.stage_name for stage in stages)
             raise ValueError(
                 f"{names} must see the attention of {link.model_name}, but layer {self.layer_idx} was told of "
-                f"none. Give the cache the model, {link.cache_name}(model=model, ...), or generate inside `with "
-                "merging_attention(model):`. If you did, this model's attention does not go through transformers' "
+                f"none. Give the cache the model, {link.cache_name}(model=model, ...), not released before, or "
+                "generate inside `with merging_attention(model):`. If you did, this model's attention does not go "
+                "through transformers' "
                 "attention interface (or its attention implementation was changed since): choose stages that need keys "
                 "and values only, such as scorer='keydiff' and budget='uniform'"
             )

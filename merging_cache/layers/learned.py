@@ -26,25 +26,35 @@ class Taught:
     Args:
         lesson: of one row.
         words: the tokens that it comes from.
-        worth: for how many tokens of a text it counts. In a text about every other one is different; the same few again
-            and again, as where a model is warmed up, teach little.
+        texts: these tokens in their order, prompt by prompt, as hashes.
+        worth: for how many tokens of a text it counts.
     """
 
     lesson: Lesson
-    words: frozenset[float]
-    worth: float
+    words: frozenset[float] = frozenset()
+    texts: frozenset[int] = frozenset()
+    worth: float = 0.0
 
     @classmethod
-    def by(cls, lesson: Lesson, words: Sequence[float], known: frozenset[float] = frozenset()) -> "Taught":
-        """By a row of these tokens, after those that are known."""
-        different = frozenset(words) - known
-        return cls(lesson, different, min(len(words), 2 * len(different)))
+    def by(cls, lesson: Lesson, row: Sequence[float], before: "Taught | None" = None) -> "Taught":
+        """By a row of tokens, after what was taught before.
+
+        In a text about every other token is different. So as many tokens count as there are new ones, twice, and of the
+        others a few: a model that reads few different ones (bytes, say) is known some day, too. The very same prompt
+        again, as where a model is warmed up or asked whether it lives, counts for nothing.
+        """
+        words, text = frozenset(row), hash(tuple(row))
+        if before is not None and text in before.texts:
+            return cls(lesson)
+        new = len(words if before is None else words - before.words)
+        return cls(lesson, words, frozenset([text]), max(min(len(row), 2 * new), len(row) / 16))
 
     def and_then(self, other: "Taught") -> "Taught":
         """With what was taught later."""
         worth = self.worth + other.worth
         share = torch.tensor([other.worth / worth if worth else 0.0], dtype=torch.double)
-        return Taught(self.lesson.mixed(other.lesson, share), self.words | other.words, worth)
+        lesson = self.lesson.mixed(other.lesson, share)
+        return Taught(lesson, self.words | other.words, self.texts | other.texts, worth)
 
 
 class Learned:
@@ -65,7 +75,7 @@ class Learned:
         self, name: str, stage: Learner, layers: Sequence[int], memory: MutableMapping[str, Any], group: Any = None
     ) -> None:
         self.name, self.stage, self.group = name, stage, group
-        known = stage.known(layers)
+        self._num_layers, known = len(layers), stage.known(layers)
         if known is not None and group is not None:
             known = known.of_process(dist.get_rank(group), dist.get_world_size(group))
         self._known, self._memory = known, memory
@@ -78,7 +88,9 @@ class Learned:
 
     @property
     def _taught(self) -> Taught | None:
-        return self._memory.get(repr(self.stage))
+        """`None`, too, where it is of other layers than these: some were taken out since."""
+        taught = self._memory.get(repr(self.stage))
+        return taught if taught is not None and len(taught.lesson.tables) == self._num_layers else None
 
     @property
     def lesson(self) -> Lesson | None:
@@ -111,7 +123,7 @@ class Learned:
         before = self._taught
         if before is None or before.worth < self.stage.telling_tokens:
             row = int(new.argmax())
-            taught = Taught.by(found.row(row), words[row], frozenset() if before is None else before.words)
+            taught = Taught.by(found.row(row), words[row], before)
             self._memory[repr(self.stage)] = taught if before is None else before.and_then(taught)
 
     def _gather(self, numbers: Tensor) -> tuple[Tensor, slice]:

@@ -192,6 +192,7 @@ def nearest_survivors(
     bias = torch.zeros(indices.shape, device=indices.device)
     if survivors.protected is not None:
         bias.masked_fill_(survivors.protected.flatten(0, 1), -torch.inf)
+    flat = flat.float() if flat.dtype == torch.float64 else flat
     lengths = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float32)
     scale = None
     if by_distance:

@@ -2,7 +2,7 @@
 
 from .attention import Pass, find_pass
 from .calling import CACHE_ARGUMENT, cache_argument
-from .link import Link, can_link, linked_model, merging_attention
+from .link import Link, can_link, forget, linked_model, merging_attention
 from .loading import SHIPPED_MODELS, LoadedModel, load_model, model_folder
 from .parallel import tensor_parallel_group
 from .rotary import Rotary, rotary_of
@@ -31,6 +31,7 @@ __all__ = [
     "check_supported",
     "config_of",
     "find_pass",
+    "forget",
     "linked_model",
     "load_model",
     "merging_attention",

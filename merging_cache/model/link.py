@@ -30,6 +30,20 @@ _links_lock = threading.RLock()
 _memories: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a model to what its caches have found out about it
 
 
+def forget(model: torch.nn.Module) -> None:
+    """Forget what a model's prompts have taught its caches, after its weights were changed, say.
+
+    By default (`scorer="probe"`, `budget="profile"`) the first prompt of a model teaches its caches which of its tokens
+    matter. Caches that are in use keep to what they know until they are reset.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from merging_cache import forget
+        >>> forget(LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1)))
+    """
+    _memories.pop(model, None)
+
+
 # What a cache holds ---------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,7 @@
 """Scorers made of another scorer."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -52,6 +52,10 @@ class WrappingScorer(Scorer):
     learn = _OfInner()
     default_budget = _OfInner()
     recent_share = _OfInner()
+
+    def resolve(self, linked: bool, rereadable: bool) -> Scorer:
+        inner = self.inner.resolve(linked, rereadable)
+        return self if inner is self.inner else replace(self, scorer=inner)
 
     def check_model(self, config: Any, layers: Sequence[int]) -> None:
         self.inner.check_model(config, layers)

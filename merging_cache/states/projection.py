@@ -10,27 +10,33 @@ from .attention import group_logits
 from .layer import TILE, Again, LayerStates
 
 PROJECTIONS = ("o_proj", "out_proj", "c_proj", "dense", "wo", "proj_out", "proj")
-LEAST = 0.01  # what is left to the others where a token draws all of the attention
+LEAST_LEFT = 0.01  # what is left to the others where a token draws all of the attention
 
 
 def output_projection(states: LayerStates) -> Tensor | None:
     """`[H, G, D, hidden]` in fp32, the parts of the output projection that belong to these KV heads.
 
-    `None` where the attention module has none that fits, or its weight cannot be read: quantized, or offloaded.
+    Of a projection that something is wrapped around (an adapter, say) those of the wrapped one. `None` where the
+    attention module has none that fits, or its weight cannot be read: quantized, or offloaded.
     """
     dim = states.values.shape[3]
     num_heads = states.keys.shape[1] if states.num_heads is None else states.num_heads
+    groups = getattr(states.module, "num_key_value_groups", None)
     for name in PROJECTIONS:
         layer = getattr(states.module, name, None)
+        while hasattr(layer, "base_layer"):
+            layer = layer.base_layer
         weight = getattr(layer, "weight", None)
         if weight is None or weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
             continue
         if hasattr(weight, "to_local"):  # the heads of this process, where several share the layer
             weight = weight.to_local()
-        weight = weight.mT if isinstance(layer, torch.nn.Linear) else weight
-        if weight.shape[0] % (num_heads * dim) == 0:
-            parts = weight.detach().float().to(states.values.device).unflatten(0, (num_heads, -1, dim))
-            return parts if states.heads is None else parts[states.heads.to(parts.device)]
+        # others than linear layers are transformers' Conv1D, which has it the other way round
+        weight = weight.mT if isinstance(layer, torch.nn.Linear) or hasattr(layer, "in_features") else weight
+        if weight.shape[0] % (num_heads * dim) or groups not in (None, weight.shape[0] // (num_heads * dim)):
+            continue
+        parts = weight.detach().float().to(states.values.device).unflatten(0, (num_heads, -1, dim))
+        return parts if states.heads is None else parts[states.heads.to(parts.device)]
     return None
 
 
@@ -85,7 +91,7 @@ class Projected:
         apart = group_logits(seen, self.values).mul_(-2).add_(self.squares.unsqueeze(3))
         apart = apart.add_((seen * outputs).sum(dim=-1, keepdim=True)).clamp_min_(0).sqrt_()
         weights = again.weights.float()
-        changes = apart.mul_(weights).div_((1 - weights).clamp_min_(LEAST)).sum(dim=2)  # [B, H, m, L]
+        changes = apart.mul_(weights).div_((1 - weights).clamp_min_(LEAST_LEFT)).sum(dim=2)  # [B, H, m, L]
         changes = changes.div_(again.lengths[:, None, :, None].clamp_min(torch.finfo(torch.float32).tiny))
         return changes.square_().sum(dim=2)
 
@@ -95,7 +101,7 @@ def changes_left_out(states: LayerStates) -> Tensor:
 
     `sum_q (sum_g p / (1 - p) |W_g (v - o_g)| / |y|)^2`, where query head g of the group gives the token the weight p,
     reads o_g by all of its weights, and the layer adds y; what was remembered is added. A head that loses a token
-    shares its weight out among the others, and o_g moves by `p / (1 - p) (v - o_g)`.
+    shares its weight out among the others, and o_g moves by `p / (1 - p) (v - o_g)`; 1 - p is taken for 0.01 at least.
     """
     found = states.again.changes
     return found if states.statistics is None else found + states.statistics.tokens

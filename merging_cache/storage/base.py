@@ -46,7 +46,7 @@ class Storage(ABC):
         if valid is None:
             return None if log_mass is None else log_mass.float()
         bias = torch.zeros(valid.shape, device=valid.device) if log_mass is None else log_mass.float()
-        return bias.masked_fill(~valid, least)
+        return bias.masked_fill(~valid, max(least, torch.finfo(bias.dtype).min))
 
     @abstractmethod
     def read(self) -> tuple[Tensor, Tensor]:
