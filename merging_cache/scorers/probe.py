@@ -24,9 +24,9 @@ class ProbeScorer(Learner, Scorer):
     `log s = w_k k + w_v v + c`, with weights of its own for each KV head, where k is the key before RoPE (as it is,
     where the embedding cannot be made out) and v the value. The weights are learned from the model's first prompt, of
     which `probe_tokens` are read again: ridge regression of the logarithm of what `leave_one_out` says of them, on
-    standardized keys and values. So the score, log s, is what a second reading would say, for the price of a product; as
-    KVzap's (arXiv:2601.07891), but nothing has to be trained beforehand. Where nothing is known yet, without the model
-    to read again, it is that of `keydiff`.
+    standardized keys and values. So the score, log s, is what a second reading would say, for the price of a product.
+    KVzap (arXiv:2601.07891) does the same with hidden states and much text; here nothing has to be trained before. As
+    long as nothing is known, without the model to read again, it is that of `keydiff`.
 
     Args:
         probe_tokens: how many tokens of the first prompts are read again. Where all layers see all tokens and none was
