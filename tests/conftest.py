@@ -35,6 +35,14 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _unknown_models() -> None:
+    """Models that tests share have been taught nothing by other tests."""
+    from merging_cache.model import link
+
+    link._memories.clear()
+
+
 @pytest.fixture(scope="module")
 def needle() -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """The small trained model that ships with the project."""

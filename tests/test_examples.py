@@ -84,7 +84,7 @@ def test_quickstart_prints_its_table():
     options = ["--model", "needle", "--pages", "1", "--ratios", "0.5", "--quantize", "fp8", "--merger", "similarity"]
     command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), *options]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-    assert "8 questions about 1 page; scorer keydiff, budget auto" in done.stdout
+    assert "8 questions about 1 page; scorer auto, budget auto" in done.stdout
     assert done.stdout.count("✓") + done.stdout.count("✗") == 8 * 3
     *_, head, _, full, dropped, merged = done.stdout.splitlines()
     assert head.split() == ["cache", "right", "loss", "of", "right", "answers", "bytes", "share", "tokens/s"]
@@ -192,7 +192,8 @@ def test_mergers_are_compared_by_what_one_question_alone_gives(needle, tmp_path)
     cell = compare.Cell("needle", "keydiff", 0.75, "count")
     measured = cell.measure(setting)
     contexts, rng = compare.make_contexts(setting), random.Random(5)
-    merging = {"budget": "uniform", "merger": "count", "compression_ratio": 0.75, "sink_tokens": 2, "recent_tokens": 4}
+    merging = {"scorer": "keydiff", "budget": "uniform", "merger": "count", "compression_ratio": 0.75}
+    merging |= {"sink_tokens": 2, "recent_tokens": 4}
     for row, context in enumerate(contexts):
         assert len(context.text.split()) == 200
         questions = pick_questions(rng, context, 4)

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from merging_cache import BUDGETS, MERGERS, SCORERS, MergingDynamicCache, MergingQuantizedCache
+from merging_cache import BUDGETS, MERGERS, SCORERS, MergingDynamicCache, MergingQuantizedCache, forget
 from merging_cache.model import cache_argument
 from models import greedy, left_padded, llama, prompt, run_by_hand, score_by_hand
 
@@ -98,6 +98,7 @@ def test_padded_turns_equal_rows_alone(scorer, budget, merger, weights):
     """Dense and quantized, over two turns; after the first both have kept the very same tokens."""
     how, inputs, first_turns = options(scorer, budget, merger, weights), left_padded(LENGTHS), []
     for quantized in (False, True):
+        forget(model())  # what dense caches have learned
         caches = [new_cache(quantized, **how) for _ in range(3)]
         text, mask = inputs["input_ids"], inputs["attention_mask"]
         for new, tokens in ((prompt(9, 2, seed=5), 3), (None, 2)):

@@ -15,6 +15,7 @@ from .keydiff import KeyDiffScorer
 
 LEAST = 1e-8  # the smallest change that is told from none
 RIDGE = 1.0  # added to the variance of each standardized input
+STEP = 2**-10  # to which scores are rounded
 
 
 @dataclass
@@ -66,7 +67,8 @@ class ProbeScorer(Learner, Scorer):
         step = max(1, TILE // (batch * heads * dim))
         parts = (inputs(states, slice(first, first + step)) for first in range(0, length, step))
         scores = [keys @ of_keys + values @ of_values for keys, values in parts]
-        return (torch.cat(scores, dim=2) + constant).squeeze(-1)
+        # in the first layer equal tokens are equal but for rounding: so that ties are ties
+        return ((torch.cat(scores, dim=2) + constant).squeeze(-1) / STEP).round() * STEP
 
 
 def inputs(states: LayerStates, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
