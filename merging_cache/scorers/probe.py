@@ -25,7 +25,8 @@ class ProbeScorer(Learner, Scorer):
     `log s = w_k k + w_v v + c`, with weights of its own for each KV head, where k is the key before RoPE (as it is,
     where the embedding cannot be made out) and v the value. The weights are learned from the model's first prompt, of
     which `probe_tokens` are read again: ridge regression of the logarithm of what `leave_one_out` says of them, on
-    standardized keys and values. So the score, log s, is what a second reading would say, for the price of a product.
+    standardized keys and values. So the score, log s (to 2^-10), is what a second reading would say, at the price of a
+    product.
     KVzap (arXiv:2601.07891) does the same with hidden states and much text; here nothing has to be trained before. As
     long as nothing is known, without the model to read again, it is that of `keydiff`.
 
