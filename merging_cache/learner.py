@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .stage import Stage
-from .states import LayerStates, Statistics, changes_left_out
+from .states import LayerStates, Statistics, changes_left_out, rows_of
 
 LEAD = 64  # tokens that are read again to get into the text, and tell nothing themselves
 Gather = Callable[[Tensor], tuple[Tensor, slice]]
@@ -25,11 +25,6 @@ class Lesson:
 
     tables: Sequence[Tensor]
 
-    @property
-    def num_rows(self) -> int:
-        """Of how many rows it is; 1 may stand for all."""
-        return len(self.tables[0])
-
     def row(self, index: int) -> "Lesson":
         """Of one row."""
         return Lesson([one[index : index + 1] for one in self.tables])
@@ -44,7 +39,7 @@ class Lesson:
 
     def select_rows(self, rows: Tensor) -> "Lesson":
         """Of these rows."""
-        return self if self.num_rows == 1 else Lesson([one[rows.cpu()] for one in self.tables])
+        return Lesson([rows_of(one, rows) for one in self.tables])
 
     def of_process(self, rank: int, count: int) -> "Lesson":
         """Of the heads of one of `count` processes that share the heads of each layer."""

@@ -8,6 +8,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -93,14 +94,14 @@ class Due:
         rows: `[B]` bool, those that are to be folded.
         asked: `[B, L]` bool, what is read again.
         told: `[B, L]` bool, what tells something of that.
-        words: by row, what these tokens are, so that one may tell which of them are different.
+        passes: what came last, ids `[B, n]` or embeddings `[B, n, hidden]`, in the order of the tokens.
     """
 
     real: Tensor
     rows: Tensor
     asked: Tensor
     told: Tensor
-    words: list[list[float]]
+    passes: list[Tensor]
 
     @property
     def number(self) -> Tensor:
@@ -111,6 +112,14 @@ class Due:
     def counts(self) -> Tensor:
         """`[B]`, how many tokens each row has."""
         return self.real.sum(dim=1)
+
+    @cached_property
+    def words(self) -> list[list[float]]:
+        """By row, what the tokens that tell something are: ids, or for embeddings a number hardly ever that of two."""
+        parts = [part if part.dim() == 2 else part.float().sum(dim=-1) for part in self.passes]
+        given = torch.cat([part.double() for part in parts], dim=1)
+        last = self.told[:, self.told.shape[1] - given.shape[1] :]
+        return [mine[there].tolist() for mine, there in zip(given, last, strict=True)]
 
     def around(self) -> Tensor:
         """`[B, L]` bool, the first tokens of each row, and those in a window around what is read again."""
@@ -234,14 +243,7 @@ class SecondReading:
         rows = torch.tensor([is_due(count) for count in real.sum(dim=1).tolist()], device=given.device)
         asked = self._unread(real) & rows.unsqueeze(1)
         asked, told = (asked, asked) if self.part is None else middle_of(asked, self.part)
-        return Due(real, rows, asked, told, self._words(told))
-
-    def _words(self, told: Tensor) -> list[list[float]]:
-        """Ids, or for embeddings a number that is hardly ever the same for two."""
-        parts = [part if part.dim() == 2 else part.float().sum(dim=-1) for _, part in self._passes]
-        given = torch.cat([part.double() for part in parts], dim=1)
-        last = told[:, told.shape[1] - given.shape[1] :]
-        return [mine[there].tolist() for mine, there in zip(given, last, strict=True)]
+        return Due(real, rows, asked, told, [part for _, part in self._passes])
 
     def _unread(self, real: Tensor) -> Tensor:
         """Which of the tokens `[B, L]` were not read again yet."""

@@ -4,7 +4,7 @@ Plain tensors and nothing else: scorers, budgets and mergers know these records 
 """
 
 from .attention import group_logits
-from .layer import TILE, Again, LayerStates, ReferenceQueries, Statistics, readers_of
+from .layer import TILE, Again, LayerStates, ReferenceQueries, Statistics, readers_of, rows_of
 from .projection import Projected, changes_left_out, output_projection
 from .slots import ABSENT, DROPPED, Slots, Survivors, count_evicted, gather_tokens, holders_of, top_tokens
 from .tally import Tally
@@ -28,5 +28,6 @@ __all__ = [
     "holders_of",
     "output_projection",
     "readers_of",
+    "rows_of",
     "top_tokens",
 ]
