@@ -244,7 +244,7 @@ class Fold:
 
     def _merge_kept(self, states: LayerStates, kept: Tensor, scores: Tensor) -> Slots:
         """Merge rows without padding into the tokens `kept`, `[B, H, L]` bool."""
-        parts = []
+        parts, states = [], self.merger.prepared(states.for_stage("merger"))
         for row, heads, tokens, part in states.rectangles(kept.sum(dim=-1)):
             mine = Survivors.of_mask(kept[row, heads].gather(2, tokens.unsqueeze(0)))
             parts.append((row, heads, self._merge(part, mine, scores[row, heads].gather(2, tokens.unsqueeze(0)))))

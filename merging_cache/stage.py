@@ -73,7 +73,8 @@ class Stage:
         Called after the attention of each pass over several tokens with all stored tokens, the last `new` of which came
         with it. `states.queries` then holds the query window of earlier passes followed by all queries of this one,
         `states.hidden_states` those of the new tokens, `states.statistics` what the last call returned (with zeros for
-        new tokens). What is returned comes back in `states.statistics`, here and when the stage is run.
+        new tokens). What is returned comes back in `states.statistics`, here and when the stage is run; after a fold
+        floats that were kept per token have 16 bits left.
         """
         return None
 

@@ -237,7 +237,7 @@ class FoldingLayer(StoredLayer):
             queries=observed.queries,
             query_positions=None if observed.queries is None else row_positions(observed.positions),
             hidden_states=observed.hidden_states,
-            remembered={name: one.resized(self.num_stored) for name, one in observed.remembered.items()},
+            remembered=self._remembered,
             module=observed.owner.module,
             rotary=observed.owner.rotary,
             scaling=observed.scaling,
@@ -247,6 +247,19 @@ class FoldingLayer(StoredLayer):
             traced=self._shared.traced,
             known_seen=None if self._shared.padding.is_there else self.seen,
         )
+
+    @property
+    def _remembered(self) -> dict[str, Statistics]:
+        """What each stage remembers, with room for all that is stored.
+
+        What the scorer keeps per token lies with the slots after a fold, until it observes again.
+        """
+        remembered, of_slots = self._observed.remembered, self.storage.statistics
+        of_scorer = remembered.get("scorer", Statistics())
+        if of_slots is not None and of_scorer.tokens is None:
+            of_slots = of_slots.float() if of_slots.is_floating_point() else of_slots
+            remembered = remembered | {"scorer": replace(of_scorer, tokens=of_slots)}
+        return {name: one.resized(self.num_stored) for name, one in remembered.items()}
 
     def told(self, stage: str) -> list[LayerStates]:
         """By row, its tokens that were read again, with what a stage that learns was told of them; it is not kept."""

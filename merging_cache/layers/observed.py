@@ -125,12 +125,12 @@ class Observed:
         return self.remembered.get("scorer")
 
     def settle(self, fold: Fold, slots: Slots) -> None:
-        """After a fold: what the scorer keeps per token is that of the slots, and stages may forget what they can."""
+        """After a fold: what the scorer keeps per token lies with the slots, and stages may forget what they can."""
         if self.statistics is not None:
-            self.remembered = self.remembered | {"scorer": replace(self.statistics, tokens=slots.statistics)}
+            self.remembered = self.remembered | {"scorer": replace(self.statistics, tokens=None)}
         folded = ((slots.num_merged + slots.num_dropped) > 0).any(dim=1)
         settled = {name: fold.stages[name].settle(one, folded) for name, one in self.remembered.items()}
-        self.remembered = {name: one for name, one in settled.items() if one is not None}
+        self.remembered = {name: one for name, one in settled.items() if one is not None and one.is_something}
 
     @property
     def nbytes(self) -> int:

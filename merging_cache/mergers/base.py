@@ -27,6 +27,10 @@ class Merger(Stage, ABC):
         """
         return self
 
+    def prepared(self, states: LayerStates) -> LayerStates:
+        """With what is made for all heads at once, before those that differ are merged one by one."""
+        return states
+
     @abstractmethod
     def merge(self, states: LayerStates, survivors: Survivors) -> Slots:
         """Fold the evicted tokens of `states` into `survivors`. What it returns owns its memory."""

@@ -68,28 +68,35 @@ class MassMerger(ReferenceMerger):
         routing = self._weighted(routing, attention, states.values, survivors)
         if self.routing != "attention":
             routing = routing.kept_where(routing.similarity >= self.similarity_threshold)
-        return routing.capped(self.max_added, survivors.indices.shape[2]).slots(states, survivors, mass=True)
+        return routing.slots(states, survivors, mass=True, most=self.max_added)
 
     def _weighted(self, routing: Routing, attention: Tensor, values: Tensor, survivors: Survivors) -> Routing:
         """With the ratio r_ij as weights, 0 where too little of the token is explained."""
         batch, heads, length, asked = attention.shape
-        index = survivors.indices.gather(2, routing.target)
-        ratio = torch.zeros_like(routing.weight)
-        tiny = torch.finfo(ratio.dtype).tiny
+        by_survivor = gather_tokens(attention, survivors.indices)
+        other = by_survivor.square().sum(dim=-1).gather(2, routing.target)  # <a_j, a_j>
+        both, apart = torch.zeros_like(other), torch.zeros_like(other)  # <a_i, a_j>, |v_i - v_j|^2
+        explained = other > 0
+        # small enough for the processor's own memory
+        step = max(1, TILE // 16 // (batch * heads * max(asked, values.shape[3])))
+        for first in range(0, both.shape[2], step):
+            part = slice(first, first + step)
+            mine, theirs = routing.evicted[:, :, part], routing.target[:, :, part]
+            a_i, a_j = gather_tokens(attention, mine), gather_tokens(by_survivor, theirs)
+            both[:, :, part] = a_j.mul_(a_i).sum(dim=-1)
+            if self.lookup_share:
+                between = gather_tokens(values, survivors.indices.gather(2, theirs)).float()
+                between.sub_(gather_tokens(values, mine))
+                apart[:, :, part] = between.square_().sum(dim=-1)
+            if self.least_explained:
+                least = self.least_explained * a_i.square_().sum(dim=-1) * other[:, :, part]
+                explained[:, :, part] &= both[:, :, part].square() >= least
+        asking, tiny = other, torch.finfo(other.dtype).tiny
         if self.lookup_share:
             # attention sums to 1 for every query that there is
             looked_up = self.lookup_share / length * attention.sum(dim=(2, 3)).unsqueeze(-1)  # [B, H, 1]
-            apart = values.float() - values.float().mean(dim=2, keepdim=True)
-            variance = (apart.square().sum(dim=(2, 3)) / length).unsqueeze(-1).clamp_min(tiny)  # [B, H, 1]
-        step = max(1, TILE // (batch * heads * max(asked, values.shape[3])))
-        for first in range(0, ratio.shape[2], step):
-            mine, theirs = (one[:, :, first : first + step] for one in (routing.evicted, index))
-            a_i, a_j = gather_tokens(attention, mine), gather_tokens(attention, theirs)
-            both, own, other = (a_i * a_j).sum(-1), a_i.square().sum(-1), a_j.square().sum(-1)
-            explained = both.square() / (own * other).clamp_min(tiny) >= self.least_explained
-            asking = other
-            if self.lookup_share:
-                apart = (gather_tokens(values, mine).float() - gather_tokens(values, theirs)).square().sum(-1)
-                asking = other + looked_up * apart / variance
-            ratio[:, :, first : first + step] = (both / asking.clamp_min(tiny)) * explained * (other > 0)
+            spread = values.float() - values.float().mean(dim=2, keepdim=True)
+            variance = (spread.square_().sum(dim=(2, 3)) / length).unsqueeze(-1).clamp_min(tiny)  # [B, H, 1]
+            asking = other + looked_up * apart / variance
+        ratio = both / asking.clamp_min(tiny) * explained
         return replace(routing, weight=routing.weight * ratio.clamp_max(self.max_ratio))

@@ -284,14 +284,14 @@ def screen(search: Search, precision: type[Int8] | type[BFloat16]) -> tuple[Tens
     only if it is at most that error below.
     """
     every = slice(0, 1)
-    candidates, tokens = (search.vectors(every, part)[0] for part in (search.candidates, search.tokens))
-    asking, count, device = len(tokens), len(candidates), tokens.device
-    room = -count % CHUNK  # so that chunks are full
-    closed = pad(search.bias[0], (0, room), value=-torch.inf).isneginf().nonzero()[:, 0]
-    if len(closed) == count + room:
+    places = (~search.bias[0].isneginf()).nonzero()[:, 0]
+    if not len(places):
         return _results(search)
+    indices = (search.candidates[:, places], search.tokens)
+    candidates, tokens = (search.vectors(every, part)[0] for part in indices)
+    asking, count, device = len(tokens), len(candidates), tokens.device
     mean = candidates.mean(dim=0)
-    centred = pad(candidates, (0, 0, 0, room)).sub_(mean)
+    centred = pad(candidates - mean, (0, 0, 0, -count % CHUNK))  # so that chunks are full
     rounded, scale, lost = precision.round(centred, each=False)
     rounded_tokens, token_scales, lost_of_tokens = precision.round(tokens, each=True)
     longest, length = torch.linalg.vector_norm(centred, dim=-1).amax(), torch.linalg.vector_norm(tokens, dim=-1)
@@ -300,20 +300,19 @@ def screen(search: Search, precision: type[Int8] | type[BFloat16]) -> tuple[Tens
     unit = (token_scales.flatten() * scale).clamp_min(torch.finfo(torch.float32).tiny)  # of products of rounded vectors
     allowance = (tokens @ mean + error) / unit
 
-    per_chunk = (count + room) // CHUNK
-    step = max(1, TILE // 2 // (count + room))
-    products = torch.empty((min(step, asking), count + room), dtype=precision.product_dtype, device=device)
+    step = max(1, TILE // 2 // len(centred))
+    products = torch.empty((min(step, asking), len(centred)), dtype=precision.product_dtype, device=device)
     found, others = [], []  # pairs of a token and a candidate, with their product in fp32, and still without
     for start in range(0, asking, step):
         here = slice(start, min(start + step, asking))
         number = torch.arange(here.stop - start, device=device)
         tile = precision.multiply(rounded_tokens[here], rounded.T, out=products[: len(number)])
-        if len(closed):
-            tile[:, closed] = precision.closed
-        chunks = tile.view(len(number), CHUNK, per_chunk)  # every per_chunk-th candidate is in the same one
-        largest = chunks.amax(dim=1)
+        tile[:, count:] = precision.closed
+        chunks = tile.view(-1, CHUNK)
+        largest = chunks.amax(dim=1).view(len(number), -1)
+        per_token = largest.shape[1]
         chunk = largest.argmax(dim=1)
-        best = chunks[number, :, chunk].argmax(dim=1) * per_chunk + chunk
+        best = chunk * CHUNK + chunks.index_select(0, number * per_token + chunk).argmax(dim=1)
         exact = candidates.index_select(0, best).mul_(tokens[here]).sum(dim=-1)
         found.append((number + start, best, exact))
         tile[number, best] = precision.closed
@@ -321,10 +320,11 @@ def screen(search: Search, precision: type[Int8] | type[BFloat16]) -> tuple[Tens
         token, chunk = (largest >= threshold.unsqueeze(1)).nonzero(as_tuple=True)
         if len(token) > FEW * len(number):
             return None
-        which, row = (chunks[token, :, chunk] >= threshold[token].unsqueeze(1)).nonzero(as_tuple=True)
+        among = chunks.index_select(0, token * per_token + chunk)
+        which, inside = (among >= threshold[token].unsqueeze(1)).nonzero(as_tuple=True)
         if len(which) > FEW * len(number):
             return None
-        others.append((token[which] + start, row * per_chunk + chunk[which]))
+        others.append((token[which] + start, chunk[which] * CHUNK + inside))
     token, candidate = map(torch.cat, zip(*others, strict=True))
     at_once = TILE // 8 // tokens.shape[1]
     for one, other in zip(token.split(at_once), candidate.split(at_once), strict=True):
@@ -334,7 +334,7 @@ def screen(search: Search, precision: type[Int8] | type[BFloat16]) -> tuple[Tens
     value = exact.new_full((asking,), -torch.inf).scatter_reduce_(0, token, exact, "amax")
     first = candidate.masked_fill_(exact < value[token], count)
     index = candidate.new_full((asking,), count).scatter_reduce_(0, token, first, "amin")
-    return value.unsqueeze(0), index.unsqueeze(0)
+    return value.unsqueeze(0), places[index].unsqueeze(0)
 
 
 def _results(search: Search) -> tuple[Tensor, Tensor]:

@@ -186,6 +186,7 @@ def attention_logits(
     return logits.masked_fill_(positions.unsqueeze(2) > asked[:, None, :, None], -torch.inf)
 
 
-def softmax_of_seen(logits: Tensor) -> Tensor:
+def softmax_of_seen(logits: Tensor, reference: ReferenceQueries) -> Tensor:
     """The softmax over the last dimension of `attention_logits`, 0 where a query sees nothing at all."""
-    return logits.mT.softmax(dim=-2).nan_to_num_(nan=0.0).mT  # of nothing but -inf there is none
+    attention = logits.mT.softmax(dim=-2)
+    return (attention if reference.see_all else attention.nan_to_num_(nan=0.0)).mT  # of nothing but -inf there is none

@@ -76,16 +76,21 @@ class ReferenceMerger(Merger):
     def settle(self, statistics: Statistics, folded: Tensor) -> Statistics:
         return self.source.settle(statistics, folded)
 
+    def prepared(self, states: LayerStates) -> LayerStates:
+        asked = states.queries is not None or states.statistics is not None
+        if not asked or states.reference is not None:
+            return states
+        return replace(states, reference=self.source.reference(states))
+
     def merge(self, states: LayerStates, survivors: Survivors) -> Slots:
         if survivors.indices.shape[2] == states.num_tokens:
             return Slots.of_survivors(states, survivors)
-        if states.reference is None and states.queries is None and states.statistics is None:
+        states = self.prepared(states)
+        if states.reference is None:
             raise ValueError(
                 f"{self.stage_name} weighs a fold by reference queries, but there are none; give the states `queries` "
                 "and `query_positions`, or the cache the model"
             )
-        if states.reference is None:
-            states = replace(states, reference=self.source.reference(states))
         if states.reference.queries.shape[2] == 0:  # nothing to weigh a fold by
             return Slots.of_survivors(states, survivors)
         batch, heads, length = states.positions.shape
@@ -110,7 +115,7 @@ def full_logits(states: LayerStates) -> Tensor:
 def full_attention(states: LayerStates) -> Tensor:
     """`[B, H, R, L]` in fp32, the attention of the R reference queries of each head's group to all tokens."""
     known = states.reference.attention
-    return softmax_of_seen(full_logits(states)) if known is None else known
+    return softmax_of_seen(full_logits(states), states.reference) if known is None else known
 
 
 def full_output(states: LayerStates) -> Tensor:
@@ -121,7 +126,7 @@ def full_output(states: LayerStates) -> Tensor:
 def slot_attention(slots: Slots, states: LayerStates) -> Tensor:
     """`[B, H, R, K]` in fp32, their attention to the slots after a fold."""
     logits = attention_logits(states.reference, slots.keys, slots.positions, states.logit_scale, slots.log_mass)
-    return softmax_of_seen(logits)
+    return softmax_of_seen(logits, states.reference)
 
 
 def output_error(slots: Slots, states: LayerStates, wanted: Tensor) -> Tensor:

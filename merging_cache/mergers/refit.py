@@ -77,8 +77,8 @@ class RefitMerger(ReferenceMerger):
         """`[B, H, K]` bool, the slots whose values may change."""
         drawn = attention.sum(dim=2)
         guarded = int(self.guarded * drawn.shape[2])
-        rank = drawn.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        free = rank >= guarded
+        most = drawn.argsort(dim=-1, descending=True, stable=True)[..., :guarded]
+        free = torch.ones_like(drawn, dtype=torch.bool).scatter_(2, most, False)
         if survivors.protected is not None:
             protected = torch.zeros_like(states.positions, dtype=torch.bool)
             protected = protected.scatter(2, survivors.indices, survivors.protected)

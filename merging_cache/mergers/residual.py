@@ -61,7 +61,7 @@ class ResidualMerger(ReferenceMerger):
         cluster, named = self._clusters(states.keys, evicted, given_up)
 
         logits = full_logits(states)
-        attention = softmax_of_seen(logits)  # [B, H, R, L]
+        attention = softmax_of_seen(logits, states.reference)  # [B, H, R, L]
         mass = masses(states).gather(2, evicted)
         weight = mass if self.mass == "count" else attention.mean(dim=2).gather(2, evicted).clamp_min(LEAST)
 

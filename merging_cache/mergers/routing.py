@@ -5,6 +5,7 @@ merger likes. Both work on a few heads and a tile of tokens at a time. Sums run 
 gives the same bits each time, on GPUs too.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -58,12 +59,9 @@ class Routing:
         """Only tokens for which `condition` `[B, H, E]` is true keep their weight."""
         return replace(self, weight=self.weight * condition)
 
-    def capped(self, most: float, num_slots: int) -> "Routing":
-        """With the weights of what is folded into a slot scaled down where their sum is above `most`."""
-        totals = self.totals(num_slots).gather(2, self.target).clamp_min(torch.finfo(torch.float32).tiny)
-        return replace(self, weight=self.weight * (most / totals).clamp_max(1.0))
-
-    def slots(self, states: LayerStates, survivors: Survivors, keys: bool = False, mass: bool = False) -> Slots:
+    def slots(
+        self, states: LayerStates, survivors: Survivors, keys: bool = False, mass: bool = False, most: float = math.inf
+    ) -> Slots:
         """The survivors with the others folded into them: `(v_j + sum_i w_i v_i) / (1 + sum_i w_i)`, summed in fp32.
 
         Survivors into which nothing is folded keep their exact bits.
@@ -73,6 +71,7 @@ class Routing:
             keys: whether to fold keys, too.
             mass: whether a slot draws as much more attention as was folded into it: `log(1 + sum_i w_i)` is added to
                 its log-mass.
+            most: the largest `sum_i w_i`; the weights of a slot are scaled down to it.
         """
         num_merged, num_dropped = count_evicted(states, self.evicted, self.weight > 0)
         kept = survivors.indices.shape[2]
@@ -81,6 +80,10 @@ class Routing:
         segments = Segments(members, torch.cat([every, self.target], dim=2), kept)
         weights = torch.cat([torch.ones_like(every, dtype=self.weight.dtype), self.weight], dim=2)
         total = segments.totals(weights)
+        if most < math.inf:
+            scale = (most / (total - 1).clamp_min(torch.finfo(total.dtype).tiny)).clamp_max(1.0)
+            total = torch.where(scale < 1, 1 + most, total)
+            weights = weights * torch.cat([torch.ones_like(scale), scale.gather(2, self.target)], dim=2)
         share = total.reciprocal()
         weights = weights * torch.cat([share, share.gather(2, self.target)], dim=2)
 

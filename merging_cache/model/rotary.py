@@ -128,12 +128,13 @@ def _find(module: torch.nn.Module) -> Rotary:
         raise refusal("its weights are offloaded, so it cannot be tried out")
     options, sines_first = _layer_type(embedding, module), order[0] == "sin"
 
-    def turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def turned(states: Tensor, cos: Tensor, sin: Tensor, heads: int = 1) -> Tensor:
         angles = (sin, cos) if sines_first else (cos, sin)
-        return apply(states, states, *angles)[0] if pairs else apply(states, *angles)
+        # what else is to be turned, if there has to be something, is one head: that is soon done
+        return apply(states, states.narrow(heads, 0, 1), *angles)[0] if pairs else apply(states, *angles)
 
     def turned_tokens_first(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return turned(states.transpose(1, 2), cos, sin).transpose(1, 2)
+        return turned(states.transpose(1, 2), cos, sin, heads=2).transpose(1, 2)
 
     def not_at_all(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return states  # some layers of some models leave positions to the others

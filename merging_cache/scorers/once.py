@@ -17,14 +17,14 @@ class OnceScorer(Scorer):
         """The scores `[B, H, new]` of the last `new` tokens, which have just been observed."""
 
     def observe(self, states: LayerStates, new: int) -> Statistics:
-        scored = remembered(states, 2)  # score, whether there is one
-        first = states.num_tokens - new
-        scored[:, :, first:, 0], scored[:, :, first:, 1] = self.score_new(states, new).float(), 1.0
+        scored, found = remembered(states), self.score_new(states, new).float()
+        # 0 stands for none, and the next number for 0
+        scored[:, :, states.num_tokens - new :] = found.masked_fill(found == 0, torch.finfo(found.dtype).tiny)
         return Statistics(tokens=scored)
 
     def score(self, states: LayerStates) -> Tensor:
-        score, known = states.statistics.tokens.unbind(dim=-1)
-        return mean_where_unknown(score, known > 0)
+        score = states.statistics.tokens
+        return mean_where_unknown(score, score != 0)
 
 
 def mean_where_unknown(scores: Tensor, known: Tensor) -> Tensor:

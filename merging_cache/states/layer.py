@@ -51,6 +51,11 @@ class Statistics:
         return replace(self, tokens=whole.index_copy_(2, tokens, self.tokens))
 
     @property
+    def is_something(self) -> bool:
+        """Whether there are any."""
+        return self.tokens is not None or bool(self.queries)
+
+    @property
     def device(self) -> torch.device:
         """Where the tensors are."""
         return (self.queries[0] if self.tokens is None else self.tokens).device
@@ -76,6 +81,11 @@ class ReferenceQueries:
     positions: Tensor
     see_all: bool = False
     attention: Tensor | None = None
+
+    def of_row(self, row: slice) -> "ReferenceQueries":
+        """Those of one row."""
+        attention = None if self.attention is None else self.attention[row]
+        return replace(self, queries=self.queries[row], positions=self.positions[row], attention=attention)
 
     def pick(self, index: Tensor) -> "ReferenceQueries":
         """Only those of these indices."""
@@ -260,9 +270,6 @@ class LayerStates:
         """Only these KV heads, with the query heads that read them."""
         count = self.keys.shape[1]
         every = torch.arange(count, device=self.keys.device) if self.heads is None else self.heads
-        reference = self.reference
-        if reference is not None:
-            reference = reference.of_heads(heads, count)
         return self._of_tokens(
             lambda tensor: tensor[:, heads],
             valid=None if self.valid is None else self.valid[:, heads],
@@ -270,7 +277,7 @@ class LayerStates:
             statistics=None if self.statistics is None else self.statistics.of_heads(heads, count),
             remembered={name: one.of_heads(heads, count) for name, one in self.remembered.items()},
             lessons={name: one[:, heads] for name, one in self.lessons.items()},
-            reference=reference,
+            reference=None if self.reference is None else self.reference.of_heads(heads, count),
             heads=every[heads],
             num_heads=count if self.num_heads is None else self.num_heads,
         )
@@ -311,17 +318,22 @@ class LayerStates:
         Yields:
             `(row, heads, tokens, states)`: `[1]`, a slice, and `[H, L]`, the indices of the tokens here of each head.
         """
-        valid = torch.ones_like(self.positions, dtype=torch.bool) if self.valid is None else self.valid
-        counts = valid.sum(-1, keepdim=True) if kept is None else torch.stack([valid.sum(-1), kept], dim=-1)
+        device, valid = self.positions.device, self.valid
+        every = torch.arange(self.num_tokens, device=device).expand(self.positions.shape)
+        stored = torch.zeros_like(every[..., 0]) if valid is None else valid.sum(-1)
+        counts = stored.unsqueeze(-1) if kept is None else torch.stack([stored, kept], dim=-1)
         alike_rows = (counts == counts[:, :1]).flatten(1).all(dim=1).tolist()
         for row, alike in enumerate(alike_rows):
-            here = torch.tensor([row], device=valid.device)
+            here = torch.tensor([row], device=device)
             whole = self._row(row)
-            parts = [slice(None)] if alike else [slice(head, head + 1) for head in range(valid.shape[1])]
+            parts = [slice(None)] if alike else [slice(head, head + 1) for head in range(every.shape[1])]
             for heads in parts:
-                tokens = valid[row, heads].nonzero()[:, 1].view(len(valid[row, heads]), -1)
                 part = whole if alike else whole.of_heads(heads)
-                yield here, heads, tokens, part if self.valid is None else part._stored(tokens)
+                if valid is None:
+                    yield here, heads, every[row, heads], part
+                    continue
+                tokens = valid[row, heads].nonzero()[:, 1].view(len(valid[row, heads]), -1)
+                yield here, heads, tokens, part._stored(tokens)
 
     def _row(self, row: int) -> "LayerStates":
         """One row of the batch, as a batch of one."""
@@ -339,6 +351,7 @@ class LayerStates:
             statistics=None if self.statistics is None else self.statistics.select(only),
             remembered={name: one.select(only) for name, one in self.remembered.items()},
             lessons={name: rows_of(one, only) for name, one in self.lessons.items()},
+            reference=None if self.reference is None else self.reference.of_row(only),
         )
 
     def _stored(self, tokens: Tensor) -> "LayerStates":

@@ -36,6 +36,11 @@ class Storage(ABC):
         """`[B, H, num_slots]`, added to a slot's attention logits, -inf where a head has none; `None` for all zeros."""
 
     @property
+    def statistics(self) -> Tensor | None:
+        """`[B, H, num_slots, ...]`, what the scorer keeps for each slot's token, 0 where a head has none; or `None`."""
+        return None
+
+    @property
     def valid(self) -> Tensor | None:
         """`[B, H, num_slots]` bool, where there is a slot, the last ones of each head; `None` where heads agree."""
         return None
@@ -88,6 +93,7 @@ class EvenStorage(Storage):
     def __init__(self) -> None:
         self._positions: Tensor | None = None
         self._log_mass: Tensor | None = None
+        self._statistics: Tensor | None = None
 
     @property
     def num_slots(self) -> int:
@@ -101,15 +107,29 @@ class EvenStorage(Storage):
     def log_mass(self) -> Tensor | None:
         return self._log_mass
 
-    def fill(self, keys: Tensor, values: Tensor, positions: Tensor, log_mass: Tensor | None) -> None:
+    @property
+    def statistics(self) -> Tensor | None:
+        return self._statistics
+
+    def fill(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        log_mass: Tensor | None,
+        statistics: Tensor | None = None,
+    ) -> None:
         """Store these slots in place of everything.
 
         Args:
             keys, values: `[B, H, S, D]`, which the storage may keep as its own.
             positions, log_mass: `[B, H, S]`.
+            statistics: `[B, H, S, ...]`, of which floats are kept in 16 bits.
         """
         self._positions = positions.int()  # 4 bytes a slot; a view of 8 would count against small heads
         self._log_mass = log_mass
+        is_float = statistics is not None and statistics.is_floating_point()
+        self._statistics = statistics.bfloat16() if is_float else statistics
         self._store(keys, values)
 
     @abstractmethod
@@ -121,7 +141,10 @@ class EvenStorage(Storage):
             self._positions = self._positions.index_select(0, indices.to(self._positions.device))
         if self._log_mass is not None:
             self._log_mass = self._log_mass.index_select(0, indices.to(self._log_mass.device))
+        if self._statistics is not None:
+            self._statistics = self._statistics.index_select(0, indices.to(self._statistics.device))
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self._positions, self._log_mass) if part is not None)
+        parts = (self._positions, self._log_mass, self._statistics)
+        return sum(part.nbytes for part in parts if part is not None)

@@ -51,8 +51,9 @@ class RaggedLayout:
         return (column + (self.starts + self.lengths - self.longest).unsqueeze(-1)).clamp_min_(0)
 
     def pad(self, flat: Tensor, fill: float) -> Tensor:
-        """`[N]` to `[B, H, S]`, with `fill` where a head has no slot."""
-        return flat[self.index].masked_fill_(~self.valid, fill)
+        """`[N, ...]` to `[B, H, S, ...]`, with `fill` where a head has no slot."""
+        valid = self.valid
+        return flat[self.index].masked_fill_(~valid.view(*valid.shape, *[1] * (flat.dim() - 1)), fill)
 
     def select_rows(self, indices: Tensor) -> "RaggedLayout":
         """Make row `indices[i]` of the batch row i."""
@@ -80,7 +81,7 @@ class RaggedStorage(Storage):
     def __init__(self, new_storage: Callable[[], EvenStorage], slots: Slots) -> None:
         self.layout = RaggedLayout.of_valid(slots.valid)
         self._slots, self._tail = new_storage(), new_storage()
-        parts = (slots.keys, slots.values, slots.positions, slots.log_mass)
+        parts = (slots.keys, slots.values, slots.positions, slots.log_mass, slots.statistics)
         self._slots.fill(*(None if part is None else part[slots.valid][None, None] for part in parts))
 
     @property
@@ -99,6 +100,11 @@ class RaggedStorage(Storage):
     def log_mass(self) -> Tensor | None:
         log_mass = self._slots.log_mass
         return None if log_mass is None else self.layout.pad(log_mass[0, 0], -torch.inf)
+
+    @property
+    def statistics(self) -> Tensor | None:
+        statistics = self._slots.statistics
+        return None if statistics is None else self.layout.pad(statistics[0, 0], 0)
 
     @property
     def valid(self) -> Tensor:
@@ -145,7 +151,7 @@ class RaggedStorage(Storage):
             return
         spans = self.layout.select_rows(used).spans
         left = torch.cat([torch.arange(first, first + count, device=starts.device) for first, count in spans])
-        parts = (*self._slots.read(), self._slots.positions, self._slots.log_mass)
+        parts = (*self._slots.read(), self._slots.positions, self._slots.log_mass, self._slots.statistics)
         self._slots.fill(*(None if part is None else part[:, :, left.to(part.device)] for part in parts))
         stored = lengths * used.unsqueeze(1)
         ends = stored.flatten().cumsum(0).view_as(lengths)

@@ -15,5 +15,5 @@ def store(slots: Slots, new_storage: Callable[[], EvenStorage]) -> Storage:
     if slots.valid is not None:
         return RaggedStorage(new_storage, slots)
     storage = new_storage()
-    storage.fill(slots.keys, slots.values, slots.positions, slots.log_mass)
+    storage.fill(slots.keys, slots.values, slots.positions, slots.log_mass, slots.statistics)
     return storage
