@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg import solve_positive_definite
+from ..linalg import moments, ridge_regressions
 from ..scorers.kvzap import gate
 
 RIDGES = (1e-3, 1e-2, 1e-1)  # of a linear map of standardized inputs; the best on held-out tokens is taken
@@ -50,23 +50,16 @@ class Lesson:
 
 def fit_linear(lesson: Lesson) -> Gate:
     """The linear map by ridge regression, in closed form."""
-    mean, deviation = _moments(lesson.inputs)
-    inputs = ((lesson.inputs - mean) / deviation).double()  # zeros where an input is always the same
-    middle = lesson.scores.mean(dim=0)
-    gram, wanted = inputs.mT @ inputs, inputs.mT @ (lesson.scores - middle).double()
-    gates = []
-    for ridge in RIDGES:
-        damped = gram + ridge * len(inputs) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        weight = solve_positive_definite(damped, wanted).float().mT / deviation
-        gates.append(lesson.judge({"weight": weight.contiguous(), "bias": middle - weight @ mean}))
+    found = ridge_regressions(lesson.inputs, lesson.scores, RIDGES)
+    gates = [lesson.judge({"weight": weight.contiguous(), "bias": bias}) for weight, bias in found]
     return min(gates, key=lambda one: one.error)
 
 
 def fit_mlp(lesson: Lesson, hidden_dim: int, seed: int) -> Gate:
     """The MLP by Adam on the squared error; of all epochs the best on held-out tokens."""
     device, generator = lesson.inputs.device, torch.Generator().manual_seed(seed)
-    mean, deviation = _moments(lesson.inputs)
-    inputs = (lesson.inputs - mean) / deviation
+    mean, deviation = (one.squeeze(0) for one in moments(lesson.inputs))
+    inputs = (lesson.inputs - mean) / deviation  # zeros where an input is always the same
     middle, spread = lesson.scores.mean(dim=0), lesson.scores.std(dim=0).clamp_min(1e-6)
     scores = (lesson.scores - middle) / spread
     width, heads = inputs.shape[1], scores.shape[1]
@@ -98,9 +91,3 @@ def fit_mlp(lesson: Lesson, hidden_dim: int, seed: int) -> Gate:
         if best is None or found.error < best.error:
             best = found
     return best
-
-
-def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation; an infinite one for what hardly varies, so that nothing goes by it."""
-    deviation = values.std(dim=0)
-    return values.mean(dim=0), deviation.masked_fill(deviation <= 1e-4 * deviation.max(), torch.inf)

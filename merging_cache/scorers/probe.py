@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..learner import Gather, Learner
-from ..linalg import solve_positive_definite
+from ..linalg import ridge_regressions
 from ..stage import option
 from ..states import TILE, LayerStates
 from .base import Scorer
@@ -87,13 +87,6 @@ def fitted(inputs: Tensor, changes: Tensor) -> Tensor:
     heads, count, dim = inputs.shape
     if not count:
         return inputs.new_zeros(heads, dim + 1)
-    wanted, inputs = changes.clamp_min(LEAST).log().double().unsqueeze(-1), inputs.double()
-    middle, level = inputs.mean(dim=1, keepdim=True), wanted.mean(dim=1, keepdim=True)
-    deviation = (inputs - middle).square().mean(dim=1, keepdim=True).sqrt()
-    # nothing goes by what hardly varies
-    deviation = deviation.masked_fill(deviation <= 1e-4 * deviation.amax(dim=2, keepdim=True), torch.inf)
-    standard = (inputs - middle) / deviation
-    gram = standard.mT @ standard + RIDGE * count * torch.eye(dim, dtype=inputs.dtype, device=inputs.device)
-    weights = solve_positive_definite(gram, standard.mT @ (wanted - level)).mT / deviation  # [H, 1, D]
-    constant = level - (weights * middle).sum(dim=2, keepdim=True)
-    return torch.cat([weights, constant], dim=2).squeeze(1).float()
+    wanted = changes.clamp_min(LEAST).log().unsqueeze(-1)
+    ((weights, constant),) = ridge_regressions(inputs, wanted, [RIDGE])
+    return torch.cat([weights.squeeze(1), constant], dim=1).float()
