@@ -4,23 +4,26 @@ And, where the model is linked, the queries that its attention was given.
 """
 
 import contextlib
+import inspect
 import sys
 import warnings
 
 import pytest
 import torch
 import transformers
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from architectures import causal_lm_types, tiny_config, tiny_model
-from merging_cache import MergingDynamicCache, Reading, Scorer
+from merging_cache import MergingDynamicCache, Reading, Scorer, merging_attention
 from merging_cache.model import cache_argument, can_link
+from merging_cache.model.link import is_linked
 from models import SameInAllHeads
 
 LENGTH, WINDOW = 48, 16
-TESTED, EXACT, QUERIES, ALL = "5.24.0", 145, 124, 197  # where the numbers of architectures are known
+TESTED, EXACT, QUERIES, ALL = "5.24.0", 145, 125, 197  # where the numbers of architectures are known
 
 # why an architecture is not among those that fold, by what stops it first
 NOT_BUILT = "cannot be built small from its config class alone"
@@ -168,14 +171,12 @@ def test_defaults_are_refused_only_where_something_folds():
 
 # architectures whose queries do not reach a cache: every one refuses and says so
 OUTSIDE = "its attention does not go through the attention interface"
-BY_NAME = "its file does one thing for sdpa and eager by name, another for all other implementations"
 OTHER_KEYS = "it attends to other keys than it caches (latent attention)"
 NO_QUERIES = {
     OTHER_KEYS: """axk1 bailing_hybrid deepseek_v2 deepseek_v3 dots3_note_text glm4_moe_lite kimi_linear longcat_flash
         minicpm3 sarvam_mla youtu""",
     OUTSIDE: """big_bird bloom falcon gpt_neox_japanese megatron-bert mpt mvp prophetnet rembert roformer rwkv trocr
         xglm xlnet""",
-    BY_NAME: "axk2 deepseek_v32 glm_moe_dsa hy_v4 hy_v4_vl minimax_m3_vl_text",
     POSITION_BIAS: "gpt_neo inkling2_loop_text inkling2_text inkling_text",
     MIXES_HEADS: "diffllama doge",
 }
@@ -252,7 +253,7 @@ def linked_outcome(model_type, attention=None):
             return OUTSIDE
         assert "position_ids" in str(error), error
     cache.release(model)
-    assert not model.config.get_text_config(decoder=True)._attn_implementation.startswith("merging_")
+    assert not is_linked(model.config.get_text_config(decoder=True))
     seen = recorded_queries(model, prompt)
     folded = [layer for layer in cache.folding_layers if layer.num_slots]
     assert folded
@@ -293,6 +294,76 @@ def test_queries_arrive_or_are_refused():
 @pytest.mark.parametrize("model_type", ["gpt_oss", "gemma2"])
 def test_eager_attention_with_sinks_and_with_caps(model_type):
     assert linked_outcome(model_type, attention="eager") == "queries"
+
+
+# What a link changes: nothing -----------------------------------------------------------------------------------------
+
+
+def logits_of(model, cache, pieces):
+    """Of several passes with one cache, of each the last three, as prompt lookup keeps them."""
+    kept = {"logits_to_keep": 3} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return [model(piece, **cache_argument(cache), **kept).logits for piece in pieces]
+
+
+@torch.no_grad()
+def link_outcome(model, ids):
+    """`"the same"`, or why this model cannot be linked; an `AssertionError` where the link changes something."""
+    if not can_link(model):
+        return OUTSIDE
+    pieces = ids.split([LENGTH - 5, 5, 1], dim=1)
+    try:
+        plain = logits_of(model, DynamicCache(config=model.config), pieces)
+    except RuntimeError:  # modules with a cache of their own know one sequence (in transformers 5.4)
+        return NOT_RUN
+    with merging_attention(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        linked = logits_of(model, DynamicCache(config=model.config), pieces)
+        whole = logits_of(model, MergingDynamicCache(config=model.config, compression_ratio=0), pieces)
+    for theirs, others, ours in zip(plain, linked, whole, strict=True):
+        assert torch.equal(others, theirs), f"a plain cache differs by {(others - theirs).abs().max()}"
+        assert torch.equal(ours, theirs), f"ratio 0 differs by {(ours - theirs).abs().max()}"
+    return "the same"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_linking_changes_nothing(attention):
+    """Neither for a model's own cache nor for ratio 0: a prompt, several tokens, and one."""
+    outcomes, wrong = {}, {}
+    for model_type in causal_lm_types():
+        try:
+            model, prompt, last, *_ = tried(model_type, attention)
+            outcomes[model_type] = link_outcome(model, torch.cat([prompt, last], dim=1))
+        except NotTriedError as why:
+            outcomes[model_type] = str(why)
+        except Exception as error:
+            wrong[model_type] = f"{type(error).__name__}: {error}"
+    same = [name for name, how in outcomes.items() if how == "the same"]
+    print(f"{len(same)} are the same: {' '.join(same)}")
+    assert not wrong
+    assert len(same) >= 75
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("gpt2", {"reorder_and_upcast_attn": True}),
+        ("gemma4_text", {"num_kv_shared_layers": 2}),
+        ("gemma4_unified_text", {"num_kv_shared_layers": 2}),
+    ],
+)
+def test_linking_changes_nothing_where_a_file_asks_for_the_name(model_type, options, attention, dtype):
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    config = tiny_config(model_type, 4)
+    for name, value in options.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).eval()
+    ids = torch.randint(5, 90, (1, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    assert link_outcome(model, ids) == "the same"
 
 
 # Heads that keep different tokens -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import json
 import math
 import pickle
 import threading
@@ -18,6 +19,8 @@ from architectures import tiny_model
 from merging_cache import MergingDynamicCache, MergingQuantizedCache, Scorer, merging_attention
 from merging_cache.mergers import DropMerger
 from merging_cache.model import attention, cache_argument
+from merging_cache.model.attention import LinkedName
+from merging_cache.model.link import is_linked
 from models import WINDOW, assert_same_cache, greedy, left_padded, llama, prompt, score_by_hand
 
 pytestmark = pytest.mark.core
@@ -48,6 +51,35 @@ def linked(model, quantized=False, **options):
     if quantized:
         return MergingQuantizedCache("fp8", model=model, **{"residual_length": 16} | WINDOW | options)
     return MergingDynamicCache(model=model, **WINDOW | options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_leaves_the_process_is_not_linked(attention, tmp_path):
+    """Saved, pickled and copied models name their attention as if they had never been linked, and run so."""
+    model, ids = llama(attention), prompt(12)
+    expected = model(ids).logits
+    with merging_attention(model):
+        assert is_linked(model.config)
+        model.save_pretrained(tmp_path)
+        left = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model)]
+        assert torch.equal(model(ids).logits, expected)
+    assert "merging_" not in (tmp_path / "config.json").read_text()
+    for other in left:
+        assert type(other.config._attn_implementation) is str
+        assert other.config._attn_implementation == attention
+        assert torch.equal(other(ids).logits, expected)
+    assert type(model.config._attn_implementation) is str
+
+
+def test_a_linked_name_is_the_name_but_for_where_it_is_looked_up():
+    name, others = LinkedName("sdpa"), {"sdpa": 1, "merging_sdpa": 2, "eager": 3}
+    assert others[name] == 2
+    assert name == "sdpa" == name
+    assert name == "merging_sdpa"
+    assert name not in ("eager", "merging_eager")
+    assert (name != "sdpa", name != "eager") == (False, True)
+    assert json.dumps([name, f"{name}"]) == '["sdpa", "sdpa"]'
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

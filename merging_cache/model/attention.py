@@ -27,6 +27,33 @@ TILE = 1 << 22  # attention weights that are held at a time where they are shown
 _thread = threading.local()
 
 
+class LinkedName(str):
+    """The name of an attention implementation that runs linked: it is looked up as `merging_<name>`.
+
+    Whatever else is done with it, it is the name itself: model files compare it with others and take another branch for
+    some, and what is saved, pickled or copied is not linked.
+    """
+
+    __slots__ = ()
+
+    @property
+    def linked(self) -> str:
+        """Under which name it is registered."""
+        return PREFIX + str(self)
+
+    def __hash__(self) -> int:
+        return hash(self.linked)
+
+    def __eq__(self, other: object) -> bool:
+        return str(self) == other or self.linked == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, (str(self),)
+
+
 # One pass -------------------------------------------------------------------------------------------------------------
 
 
@@ -139,14 +166,15 @@ def _block_mask_row(block_mask: Any) -> Tensor:
 # The registered attention ---------------------------------------------------------------------------------------------
 
 
-def register(implementation: str) -> str:
+def register(implementation: str) -> LinkedName:
     """Register the linked version of an attention implementation with its mask; returns its name.
 
     Raises:
         ValueError: if transformers has no mask function for it.
     """
-    name = PREFIX + implementation.removeprefix(PREFIX)
-    if name in ALL_ATTENTION_FUNCTIONS:
+    implementation = str(implementation)
+    name = LinkedName(implementation)
+    if name.linked in ALL_ATTENTION_FUNCTIONS:
         return name
     if implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
         raise ValueError(
@@ -186,8 +214,8 @@ def register(implementation: str) -> str:
         )
         return output
 
-    AttentionInterface.register(name, linked_attention)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    AttentionInterface.register(name.linked, linked_attention)
+    AttentionMaskInterface.register(name.linked, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     return name
 
 

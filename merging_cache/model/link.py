@@ -6,14 +6,11 @@ transformers, and nothing of layers.
 
 import functools
 import inspect
-import re
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .attention import PREFIX, forget_hidden_states, keep_hidden_states, register
+from .attention import LinkedName, forget_hidden_states, keep_hidden_states, register
 from .parallel import summed, tensor_parallel_group
 
 _links: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the config of a linked model's decoder to its ModelLink
@@ -178,18 +175,7 @@ def can_link(model: PreTrainedModel) -> bool:
     if not isinstance(model, PreTrainedModel) and not hasattr(model, "set_attn_implementation"):
         raise TypeError(f"model is {type(model).__name__}; give a transformers model, such as AutoModelForCausalLM's")
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    if any(_lists_implementations(sys.modules.get(type(part).__module__)) for part in parts):
-        return False
     return any(part._can_set_attn_implementation() for part in parts)
-
-
-@functools.cache
-def _lists_implementations(file: ModuleType | None) -> bool:
-    """Whether a model file does one thing for some implementations and another for all others (sparse indexers do)."""
-    try:
-        return re.search(r"_attn_implementation\s+(not\s+)?in\s*\(", inspect.getsource(file)) is not None
-    except (OSError, TypeError):
-        return False
 
 
 @dataclass(eq=False)
@@ -250,7 +236,7 @@ class ModelLink:
             forget_hidden_states()
             for config in configs_to_link(model):
                 if is_linked(config):  # someone may have chosen another implementation since
-                    set_implementation(config, config._attn_implementation.removeprefix(PREFIX))
+                    set_implementation(config, str(config._attn_implementation))
             _links.pop(decoder_config(model), None)
 
     def watch_hidden_states(self, model: PreTrainedModel) -> None:
@@ -310,7 +296,7 @@ def configs_to_link(model: PreTrainedModel) -> list[PreTrainedConfig]:
 
 def is_linked(config: PreTrainedConfig) -> bool:
     """Whether attention that chooses by this config runs linked."""
-    return str(config._attn_implementation).startswith(PREFIX)
+    return isinstance(config._attn_implementation, LinkedName)
 
 
 def set_implementation(config: PreTrainedConfig, name: str) -> None:
