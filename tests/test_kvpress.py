@@ -5,11 +5,13 @@ import torch
 from transformers import DynamicCache
 
 from merging_cache import MergingDynamicCache
+from merging_cache.evaluation import Evaluation, EvaluationConfig, Summary
 from merging_cache.model import cache_argument
 from models import VOCABULARY, llama
 
 kvpress = pytest.importorskip("kvpress", reason="kvpress is not installed")
 
+import compare_kvpress  # noqa: E402
 from merging_cache.scorers import KVPressScorer  # noqa: E402
 
 LENGTH = 90
@@ -112,3 +114,17 @@ def test_the_same_values_are_merged(name, threshold, ratio):
 def test_what_is_no_press():
     with pytest.raises(TypeError, match="press is 'snapkv'; give a ScorerPress of kvpress"):
         KVPressScorer("snapkv")
+
+
+def test_the_comparison_measures_what_our_evaluation_does():
+    """The full cache, and a press that keeps the tokens that our scorer keeps, lose the same by both."""
+    keeps = {"scorers": ["keydiff"], "budgets": ["uniform"], "mergers": ["drop"], "compression_ratios": [0.5]}
+    asked = {"tasks": ["niah_single_1", "niah_multikey_1"], "context_length": 128, "examples": 2, "generate": False}
+    config = EvaluationConfig(**keeps, **asked, sink_tokens=0, recent_tokens=0, dtype="float32")
+    rates, _ = compare_kvpress.compare(config, ["KeyDiff"])
+    evaluation = Evaluation(config)
+    rows = Summary(evaluation.run(progress=False), evaluation.cells).rows
+    for task in config.tasks:
+        for ours, theirs in zip(rows([task], 128), rates.values(), strict=True):
+            losses = [lost for _, lost in theirs[task]]
+            assert ours.values["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-3, abs=1e-4)
