@@ -217,6 +217,21 @@ def test_mass_equals_loops(routing, options):
             assert slots.log_mass[0, head, slot].item() == pytest.approx(expected, abs=1e-4)
 
 
+def test_by_default_nothing_is_folded_into_a_key_that_is_unlike():
+    """However little attention both drew: what draws it later is another query."""
+    states = some_states(18, batch=1, heads=2)
+    survivors = keep(states, 6)
+    slots = RefitMerger(queries="last").merge(states, survivors)
+    alike = torch.cosine_similarity(states.keys.unsqueeze(3), states.keys.unsqueeze(2), dim=-1)  # [B, H, L, L]
+    kept = survivors.mask(18)
+    nearest = alike.masked_fill(~kept.unsqueeze(2), -1).amax(dim=-1)
+    like = (~kept & (nearest >= 0.5)).sum(dim=-1)
+    assert (slots.num_merged <= like).all()
+    assert (slots.num_merged + slots.num_dropped == 12).all()
+    assert (slots.log_mass.exp().sum(dim=-1) > 6)[like > 0].all()
+    assert 0 < like.sum() < 24
+
+
 @pytest.mark.parametrize(
     "options",
     [{"max_added": float("inf")}, {"max_added": 0.0, "max_ratio": 0.0}, {"max_added": 0.0, "least_explained": 0.9}],

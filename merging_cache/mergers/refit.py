@@ -26,8 +26,8 @@ class RefitMerger(ReferenceMerger):
 
     Args:
         queries: see `ReferenceMerger`.
-        merger: the merger to improve on: a name, a dict or a `Merger`; `mass` with a `lookup_share` of 0.002 by
-            default. It is given the same reference queries.
+        merger: the merger to improve on: a name, a dict or a `Merger`; by default `mass` with a `lookup_share` of 0.002
+            and a `similarity_threshold` of 0.5. It is given the same reference queries.
         ridge: weight of the penalty on changes, the rows of X summing to 1.
         max_change: the largest change, relative to the norm of all values of the head.
         guarded: the share of slots, those with the most attention, that stay as they are.
@@ -36,7 +36,9 @@ class RefitMerger(ReferenceMerger):
         ValueError: if an option is out of its range.
     """
 
-    merger: Spec | Merger = field(default_factory=lambda: {"name": "mass", "lookup_share": 0.002})
+    merger: Spec | Merger = field(
+        default_factory=lambda: {"name": "mass", "lookup_share": 0.002, "similarity_threshold": 0.5}
+    )
     inner: Merger = field(init=False, repr=False, compare=False)
     ridge: float = option(0.1, minimum=1e-6)
     max_change: float = option(0.25, minimum=0)
