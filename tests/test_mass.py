@@ -245,6 +245,7 @@ def test_extreme_caps_leave_no_nan(options):
     if options["max_added"] == 0:
         assert torch.equal(slots.values, DropMerger().merge(states, survivors).values)
         assert not slots.log_mass.any()
+        assert not slots.num_merged.any()
 
 
 def test_heads_are_merged_a_few_at_a_time(monkeypatch):

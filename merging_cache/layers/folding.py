@@ -257,7 +257,6 @@ class FoldingLayer(StoredLayer):
         remembered, of_slots = self._observed.remembered, self.storage.statistics
         of_scorer = remembered.get("scorer", Statistics())
         if of_slots is not None and of_scorer.tokens is None:
-            of_slots = of_slots.float() if of_slots.is_floating_point() else of_slots
             remembered = remembered | {"scorer": replace(of_scorer, tokens=of_slots)}
         return {name: one.resized(self.num_stored) for name, one in remembered.items()}
 
@@ -265,9 +264,8 @@ class FoldingLayer(StoredLayer):
         """By row, its tokens that were read again, with what a stage that learns was told of them; it is not kept."""
         nothing = Statistics(torch.zeros(self.positions.shape, device=self.device))
         statistics = self._observed.remembered.pop(stage, nothing).resized(self.num_stored)
-        states = replace(self._states(*self.storage.read()), statistics=statistics)
+        states = replace(self._states(*(one.detach() for one in self.storage.read())), statistics=statistics)
         # where a token is read again no head has lost it
-        states = replace(states, keys=states.keys.detach(), values=states.values.detach())
         positions, rows = self.positions[:, 0], torch.arange(self.batch, device=self.device)
         asked = self._asked_again.gather(1, positions.clamp_min(0)) & (positions >= 0)
         return [states.select(row, there.nonzero().squeeze(1)) for row, there in zip(rows.split(1), asked, strict=True)]

@@ -73,9 +73,8 @@ class Guards:
                 f"{names} must see the attention of {link.model_name}, but layer {self.layer_idx} was told of "
                 f"none. Give the cache the model, {link.cache_name}(model=model, ...), not released before, or "
                 "generate inside `with merging_attention(model):`. If you did, this model's attention does not go "
-                "through transformers' "
-                "attention interface (or its attention implementation was changed since): choose stages that need keys "
-                "and values only, such as scorer='keydiff' and budget='uniform'"
+                "through transformers' attention interface (or its attention implementation was changed since): choose "
+                "stages that need keys and values only, such as scorer='keydiff' and budget='uniform'"
             )
 
     def check_hidden_states(self, hidden_states: Tensor | None) -> None:

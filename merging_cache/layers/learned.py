@@ -39,15 +39,15 @@ class Taught:
     def by(cls, lesson: Lesson, row: Sequence[float], before: "Taught | None" = None) -> "Taught":
         """By a row of tokens, after what was taught before.
 
-        In a text about every other token is different. So as many tokens count as there are new ones, twice, and of the
-        others a few: a model that reads few different ones (bytes, say) is known some day, too. The very same prompt
-        again, as where a model is warmed up or asked whether it lives, counts for nothing.
+        New tokens count (see `counted`), and of the others a few: a model that reads few different ones (bytes, say) is
+        known some day, too. The very same prompt again, as where a model is warmed up or asked whether it lives, counts
+        for nothing.
         """
-        words, text = frozenset(row), hash(tuple(row))
-        if before is not None and text in before.texts:
+        text, before = hash(tuple(row)), before or cls(lesson)
+        if text in before.texts:
             return cls(lesson)
-        new = len(words if before is None else words - before.words)
-        return cls(lesson, words, frozenset([text]), max(min(len(row), 2 * new), len(row) / 16))
+        worth = max(counted(row, before.words), len(row) / 16)
+        return cls(lesson, frozenset(row), frozenset([text]), worth)
 
     def and_then(self, other: "Taught") -> "Taught":
         """With what was taught later."""
@@ -55,6 +55,11 @@ class Taught:
         share = torch.tensor([other.worth / worth if worth else 0.0], dtype=torch.double)
         lesson = self.lesson.mixed(other.lesson, share)
         return Taught(lesson, self.words | other.words, self.texts | other.texts, worth)
+
+
+def counted(row: Sequence[float], known: frozenset[float] = frozenset()) -> int:
+    """How many tokens of a row count: every new one for two, since in a text about every other token is different."""
+    return min(len(row), 2 * len(set(row) - known))
 
 
 class Learned:
@@ -111,7 +116,7 @@ class Learned:
             return
         rows = [self.stage.learn(list(of_row), self._gather) for of_row in zip(*told, strict=True)]
         found = Lesson([torch.stack(tables).cpu() for tables in zip(*rows, strict=True)])
-        new = torch.tensor([min(len(mine), 2 * len(set(mine))) for mine in words], dtype=torch.double)
+        new = torch.tensor([counted(mine) for mine in words], dtype=torch.double)
         if self._own is None:
             self._own, self._told = found, new
         else:

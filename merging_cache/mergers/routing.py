@@ -73,19 +73,18 @@ class Routing:
                 its log-mass.
             most: the largest `sum_i w_i`; the weights of a slot are scaled down to it.
         """
-        num_merged, num_dropped = count_evicted(states, self.evicted, self.weight > 0)
         kept = survivors.indices.shape[2]
         every = torch.arange(kept, device=self.target.device).expand_as(survivors.indices)
         members = torch.cat([survivors.indices, self.evicted], dim=2)
         segments = Segments(members, torch.cat([every, self.target], dim=2), kept)
-        weights = torch.cat([torch.ones_like(every, dtype=self.weight.dtype), self.weight], dim=2)
-        total = segments.totals(weights)
+        own, weight = torch.ones_like(every, dtype=self.weight.dtype), self.weight
+        total = segments.totals(torch.cat([own, weight], dim=2))
         if most < math.inf:
             scale = (most / (total - 1).clamp_min(torch.finfo(total.dtype).tiny)).clamp_max(1.0)
-            total = torch.where(scale < 1, 1 + most, total)
-            weights = weights * torch.cat([torch.ones_like(scale), scale.gather(2, self.target)], dim=2)
+            total, weight = torch.where(scale < 1, 1 + most, total), weight * scale.gather(2, self.target)
+        num_merged, num_dropped = count_evicted(states, self.evicted, weight > 0)
         share = total.reciprocal()
-        weights = weights * torch.cat([share, share.gather(2, self.target)], dim=2)
+        weights = torch.cat([own * share, weight * share.gather(2, self.target)], dim=2)
 
         def folded(part: Tensor) -> Tensor:
             return segments.sums(part, weights, part.dtype)
@@ -100,7 +99,7 @@ class Routing:
             log_mass=log_mass,
             num_merged=num_merged,
             num_dropped=num_dropped,
-            holders=self.holders(states, survivors),
+            holders=replace(self, weight=weight).holders(states, survivors),
         )
 
     def holders(self, states: LayerStates, survivors: Survivors) -> Tensor | None:

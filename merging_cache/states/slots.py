@@ -164,8 +164,6 @@ def gather_tokens(states: Tensor, indices: Tensor) -> Tensor:
     if not states.is_contiguous():
         return states.gather(-2, indices.unsqueeze(-1).expand(*indices.shape, dim))
     # whole rows of one matrix: a fraction of the time of `gather`, which looks up every number by itself
-    if math.prod(leading) == 1:
-        return states.view(-1, dim).index_select(0, indices.flatten()).view(*indices.shape, dim)
     heads = torch.arange(math.prod(leading), device=indices.device).view(*leading, 1)
     return states.view(-1, dim).index_select(0, (indices + length * heads).flatten()).view(*indices.shape, dim)
 

@@ -109,7 +109,8 @@ class EvenStorage(Storage):
 
     @property
     def statistics(self) -> Tensor | None:
-        return self._statistics
+        kept = self._statistics
+        return kept.float() if kept is not None and kept.is_floating_point() else kept
 
     def fill(
         self,
@@ -137,14 +138,15 @@ class EvenStorage(Storage):
         """Store these in place of everything."""
 
     def select_rows(self, indices: Tensor) -> None:
-        if self._positions is not None:
-            self._positions = self._positions.index_select(0, indices.to(self._positions.device))
-        if self._log_mass is not None:
-            self._log_mass = self._log_mass.index_select(0, indices.to(self._log_mass.device))
-        if self._statistics is not None:
-            self._statistics = self._statistics.index_select(0, indices.to(self._statistics.device))
+        self._positions, self._log_mass, self._statistics = (
+            None if part is None else part.index_select(0, indices.to(part.device)) for part in self._of_slots
+        )
 
     @property
     def nbytes(self) -> int:
-        parts = (self._positions, self._log_mass, self._statistics)
-        return sum(part.nbytes for part in parts if part is not None)
+        return sum(part.nbytes for part in self._of_slots if part is not None)
+
+    @property
+    def _of_slots(self) -> tuple[Tensor | None, ...]:
+        """What is kept of each slot besides its key and value."""
+        return self._positions, self._log_mass, self._statistics
