@@ -1,5 +1,7 @@
 """The tiny models the suite runs, built from configs, and the caches it gives them."""
 
+import functools
+
 import torch
 
 from architectures import tiny_config, tiny_model
@@ -89,6 +91,25 @@ def score_by_hand(model, cache, ids, continuation):
     return logits.log_softmax(-1).gather(1, continuation[:, None]).sum().item()
 
 
+def watch(monkeypatch, module, note):
+    """A list of what `note` says of each call of the module or a twin of it, whose calls no hook sees."""
+    kind, noted, forward = type(module), [], type(module).forward
+
+    @functools.wraps(forward)
+    def watched(self, *args, **kwargs):
+        if getattr(self, "layer_idx", None) == getattr(module, "layer_idx", None):
+            noted.append(note(*args, **kwargs))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", watched)
+    return noted
+
+
+def watch_passes(monkeypatch, model):
+    """A list of how many tokens the model reads in each pass, be it again."""
+    return watch(monkeypatch, model.get_decoder(), lambda input_ids=None, **_: input_ids.shape[1])
+
+
 def stored(cache):
     """Keys, values and positions of all folding layers, for comparisons."""
     return [(layer.keys, layer.values, layer.positions) for layer in cache.folding_layers]
@@ -118,4 +139,6 @@ __all__ = [
     "stored",
     "tiny_config",
     "tiny_model",
+    "watch",
+    "watch_passes",
 ]

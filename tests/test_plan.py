@@ -14,7 +14,8 @@ PACKAGE = Path(merging_cache.__file__).parent
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # from the ground up: a room may import those in the lines before its own, and files of its own folder
 FLOORS = [
-    ("linalg", "states", "model"),
+    ("twin", "linalg"),
+    ("states", "model"),
     ("stage",),
     ("learner",),
     ("scorers", "budgets", "mergers", "storage"),
@@ -28,7 +29,17 @@ FLOORS = [
     ("evaluation",),
     ("calibration",),
 ]
-PURE = ("linalg", "states", "stage", "learner", "scorers", "budgets", "mergers", "fold")  # tensors in, tensors out
+PURE = (
+    "twin",
+    "linalg",
+    "states",
+    "stage",
+    "learner",
+    "scorers",
+    "budgets",
+    "mergers",
+    "fold",
+)  # tensors in, tensors out
 GUESTS = {  # what files of these rooms may know besides torch
     "scorers.kvpress": {"kvpress"},
     "scorers.weights": {"numpy", "safetensors", "huggingface_hub"},

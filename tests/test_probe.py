@@ -12,7 +12,7 @@ from merging_cache import LayerStates, MergingConfig, MergingDynamicCache, Readi
 from merging_cache.model import cache_argument, rotary_of
 from merging_cache.scorers import KeyDiffScorer, ProbeScorer
 from merging_cache.scorers.probe import fitted
-from models import WINDOW, assert_same_cache, llama, prompt, tiny_model
+from models import WINDOW, assert_same_cache, llama, prompt, tiny_model, watch_passes
 
 pytestmark = pytest.mark.core
 PROBE = {"name": "probe", "probe_tokens": 24}
@@ -67,7 +67,7 @@ def test_scores_are_products_with_keys_before_rope_and_values(family, monkeypatc
     model, generator = tiny_model(family), torch.Generator().manual_seed(3)
     module = next(part for name, part in model.named_modules() if name.endswith((".self_attn", ".attn")))
     with merging_attention(model):
-        rotary = rotary_of(module) if family == "llama" else None
+        rotary = rotary_of(module, torch.empty(0)) if family == "llama" else None
     keys, values = torch.randn(2, 1, 2, 30, 16, generator=generator)
     positions = torch.stack([torch.arange(30) * (head + 1) for head in range(2)]).unsqueeze(0)
     lesson = torch.randn(1, 2, 33, generator=generator)
@@ -131,10 +131,10 @@ def test_a_model_teaches_what_its_second_reading_says():
 
 
 @torch.no_grad()
-def test_both_stages_learn_of_one_reading():
+def test_both_stages_learn_of_one_reading(monkeypatch):
     """As many tokens are read again as the one that wants more of them asks for, and once for the model."""
-    model, read = llama(), []
-    model.model.layers[0].register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    model = llama()
+    read = watch_passes(monkeypatch, model)
     cache = probed(model, compression_ratio=0.5, budget={"name": "profile", "probe_tokens": 8})
     model(prompt(80), **cache_argument(cache))
     assert read == [80, 24]
@@ -168,10 +168,10 @@ def test_the_default_is_what_the_model_allows():
 
 
 @torch.no_grad()
-def test_a_scorer_around_it_learns_and_hands_on():
+def test_a_scorer_around_it_learns_and_hands_on(monkeypatch):
     """What wraps a scorer is taught in its place, once for the model."""
-    model, read = llama(), []
-    model.model.layers[0].register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    model = llama()
+    read = watch_passes(monkeypatch, model)
     wrapping = {"name": "chunk_kv", "scorer": PROBE, "chunk_length": 1}
     caches = []
     for scorer in (wrapping, wrapping, PROBE):
@@ -225,9 +225,9 @@ def test_the_same_prompt_again_teaches_nothing():
 
 
 @torch.no_grad()
-def test_a_model_of_few_different_tokens_is_known_some_day():
-    model, read = llama(), []
-    model.model.layers[0].register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+def test_a_model_of_few_different_tokens_is_known_some_day(monkeypatch):
+    model = llama()
+    read = watch_passes(monkeypatch, model)
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         cache = probed(model, budget="uniform", compression_ratio=0.5)
@@ -244,31 +244,6 @@ def test_a_lesson_keeps_no_graph():
     for one in cache._shared.learned.values():
         assert not any(table.requires_grad for table in one.lesson.tables)
         assert not any(table.requires_grad for table in cache._shared.link.memory[repr(one.stage)].lesson.tables)
-
-
-@torch.no_grad()
-def test_an_adapter_around_the_output_projection_changes_nothing():
-    """Its weight is that of the layer that it is wrapped around; what does not fit is not taken for one."""
-
-    class Adapter(torch.nn.Module):
-        def __init__(self, base_layer):
-            super().__init__()
-            self.base_layer = base_layer
-
-        @property
-        def weight(self):
-            return self.base_layer.weight
-
-        def forward(self, states):
-            return self.base_layer(states)
-
-    models = llama(), llama()
-    for layer in models[1].model.layers:
-        layer.self_attn.o_proj = Adapter(layer.self_attn.o_proj)
-    caches = [probed(model, compression_ratio=0.5) for model in models]
-    for model, cache in zip(models, caches, strict=True):
-        model(prompt(80), **cache_argument(cache))
-    assert_same_cache(*caches)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from merging_cache.budgets import ProfileBudget
 from merging_cache.budgets.profile import STEPS, rounded, shares_of, table_of
 from merging_cache.layers.again import middle_of
 from merging_cache.model import cache_argument
-from models import WINDOW, assert_same_cache, greedy, left_padded, llama, prompt, tiny_model
+from models import WINDOW, assert_same_cache, greedy, left_padded, llama, prompt, tiny_model, watch, watch_passes
 
 pytestmark = pytest.mark.core
 PROFILE = {"name": "profile", "probe_tokens": 24}
@@ -117,9 +117,11 @@ def test_the_middle_and_what_tells_of_it(asked, part):
 def test_a_part_sees_a_window_of_a_long_prompt(family, monkeypatch):
     """From where it stands behind the prompt: as if the other tokens were hidden from it."""
     monkeypatch.setattr("merging_cache.layers.again.WINDOW", 40)
-    model, ids, seen = tiny_model(family), prompt(120), []
-    model.model.layers[-1].self_attn.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((kwargs["hidden_states"], kwargs["position_embeddings"])), with_kwargs=True
+    model, ids = tiny_model(family), prompt(120)
+    seen = watch(
+        monkeypatch,
+        model.model.layers[-1].self_attn,
+        lambda **given: (given["hidden_states"], given["position_embeddings"]),
     )
     cache = profiled(model, scorer="keydiff", compression_ratio=0.5)
     model(ids, **cache_argument(cache))
@@ -154,10 +156,10 @@ def test_what_the_scorer_has_seen_is_left_alone(scorer, monkeypatch):
 
 
 @torch.no_grad()
-def test_the_first_prompt_is_probed_and_later_ones_know():
+def test_the_first_prompt_is_probed_and_later_ones_know(monkeypatch):
     """One short second reading in all; then layers fold one by one, as they are read."""
-    model, read, held = llama(layers=3), [], []
-    model.model.layers[0].register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    model, held = llama(layers=3), []
+    read = watch_passes(monkeypatch, model)
     for layer in model.model.layers:
         layer.register_forward_hook(lambda *_: held.append([one.num_stored for one in cache.layers]))
     cache = profiled(model, compression_ratio=0.5)
@@ -178,10 +180,10 @@ def test_the_first_prompt_is_probed_and_later_ones_know():
 
 
 @torch.no_grad()
-def test_short_prompts_are_added_up():
+def test_short_prompts_are_added_up(monkeypatch):
     """Each piece speaks for itself until together they are long enough, and then for the model."""
-    model, read = llama(), []
-    model.model.layers[0].register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    model = llama()
+    read = watch_passes(monkeypatch, model)
     cache = profiled(model, compression_ratio=0.5)
     for seed in range(2):
         model(prompt(10, seed=seed), **cache_argument(cache))

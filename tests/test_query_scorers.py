@@ -506,7 +506,7 @@ def test_rotary_of_every_layout(family):
         spread = scatter.diagonal(dim1=-2, dim2=-1).sum(-1) / count.squeeze(-1)
         assert (spread <= 1e-6 * mean.square().sum(-1)).all()
     # rotating back what is rotated, and the average as the average
-    rotary, vectors = rotary_of(states.module), torch.randn(1, 3, 20, mean.shape[-1])
+    rotary, vectors = rotary_of(states.module, mean), torch.randn(1, 3, 20, mean.shape[-1])
     positions = torch.arange(5, 25)[None]
     torch.testing.assert_close(rotary.unrotated(rotary.rotated(vectors, positions), positions), vectors)
     same = vectors[:, :, :1]

@@ -19,7 +19,7 @@ from merging_cache import (
 )
 from merging_cache.model import cache_argument
 from merging_cache.reading import Continuation, agrees, divergence, loss, predict
-from models import CACHES, WINDOW, greedy, left_padded, llama, prompt, tiny_model
+from models import CACHES, WINDOW, greedy, left_padded, llama, prompt, tiny_model, watch_passes
 from test_product import LENGTHS, model, options
 from test_query_scorers import kvzap_weights
 
@@ -193,11 +193,11 @@ def test_a_context_read_in_chunks_folds_as_in_chunks(scorer, chunk_size):
     torch.testing.assert_close(Reading(network, ids, chunk_size=chunk_size).logits, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_read_again_alike_is_read_once():
+def test_what_is_read_again_alike_is_read_once(monkeypatch):
     """By all caches of a reading that ask the same of it; what is asked otherwise, or packed, is read by itself."""
-    network, passes = llama(), []
+    network = llama()
     reading = Reading(network, prompt(LENGTH))
-    network.get_decoder().register_forward_hook(lambda *_: passes.append(1))
+    passes = watch_passes(monkeypatch, network)
 
     def passes_of(kind=MergingDynamicCache, **folding):
         passes.clear()

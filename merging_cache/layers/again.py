@@ -21,6 +21,7 @@ from ..learner import LEAD
 from ..model import Pass, cache_argument, most_positions
 from ..stage import Stage
 from ..states import Statistics
+from ..twin import OF_ROWS, OWN, WIRING, twin_of
 from .folding import FoldingLayer
 from .hybrid import HybridLayer, LinearAttentionLayer, linear_attention_state
 from .padding import Padding
@@ -251,7 +252,8 @@ class SecondReading:
 
     @torch.no_grad()
     def _read_again(self, layers: list[CacheLayerMixin], due: Due, decoder: torch.nn.Module) -> None:
-        """Chunk by chunk."""
+        """Chunk by chunk, by a twin of the decoder: in the middle of a user's pass, who is not to notice."""
+        decoder = twin_of(decoder, (*WIRING, OWN, OF_ROWS))
         embeds = {"inputs_embeds"} & {name for name, _ in self._passes}
         given = torch.cat([embed(decoder, name, part) if embeds else part for name, part in self._passes], dim=1)
         before = due.real.shape[1] - given.shape[1]

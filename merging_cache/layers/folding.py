@@ -62,6 +62,7 @@ class FoldingLayer(StoredLayer):
         self.fold_is_due = False
         self.scored: Scored | None = None
         self._asked_again: Tensor | None = None  # [B, seen] bool, the tokens that tell something when read again
+        self._sees_no_outputs = False  # though a stage wants to
         self._last_pass: tuple[int, Observed] | None = None  # its length and what was observed before, to undo it
         self._observed = Observed()
 
@@ -79,6 +80,18 @@ class FoldingLayer(StoredLayer):
     def merger(self) -> Merger | None:
         """What becomes of the tokens that this layer evicts; `None` where it evicts none."""
         return None if self._shared.config.compression_ratio == 0 else self._shared.fold.merger
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """What stages had to do without, and why."""
+        stages, found = self._shared.fold.stages, []
+        if (reason := self._observed.owner.no_rotary) is not None:
+            names = " and ".join(name for name, stage in stages.items() if stage.uses_rotary)
+            found.append(f"Without the rotary embedding: {names}; {reason}.")
+        if self._sees_no_outputs:
+            names = " and ".join(name for name, stage in stages.items() if stage.needs_outputs)
+            found.append(f"Without the output projection: {names}; the attention has none that fits the values.")
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -134,6 +147,7 @@ class FoldingLayer(StoredLayer):
 
         with self._in_full_precision():
             projected = Projected.of(states) if fold.needs_outputs else None
+        self._sees_no_outputs = projected is not None and projected.projection is None
 
         def watch(weights: Tensor, outputs: Tensor, part: slice) -> None:
             nonlocal states

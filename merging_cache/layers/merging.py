@@ -89,7 +89,7 @@ class MergingLayer(FoldingLayer):
         self.guards.check_attended_heads(key.shape[1], keys.shape[1])
         padding = None if visible is None else ~visible[:, -new:]
         self._shared.padding.observe(padding, self.seen - new, query.shape[0])
-        self._observed.meet(module, scaling, fold)
+        self._observed.meet(module, scaling, fold, query)
         self.guards.check_hidden_states(hidden_states)
         if fold.observes:
             with self._in_full_precision():

@@ -1,6 +1,5 @@
 """What a layer remembers of the attention it took part in, for the stages that look at more than keys and values."""
 
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,12 +7,12 @@ import torch
 from torch import Tensor
 
 from ..fold import Fold
-from ..model import Rotary, rotary_of
+from ..model import NoRotaryError, rotary_of
 from ..states import LayerStates, Slots, Statistics
 
 
 class Owner:
-    """The attention module of a layer and its rotary embedding.
+    """The attention module of a layer and its rotary embedding, or why that could not be made out.
 
     Copies of a cache share them, and they do not travel with a pickled one, which only knows what it lost.
     """
@@ -24,23 +23,25 @@ class Owner:
         rotary: Any = None,
         lost_module: bool = False,
         lost_rotary: bool = False,
+        no_rotary: str | None = None,
     ) -> None:
         self.module = module
         self.rotary = rotary
+        self.no_rotary = no_rotary
         self.lost_module = lost_module
         self.lost_rotary = lost_rotary
 
     def forgotten(self) -> "Owner":
         """One that only knows what there was."""
         lost_module, lost_rotary = self.module is not None, self.rotary is not None
-        return Owner(lost_module=self.lost_module or lost_module, lost_rotary=self.lost_rotary or lost_rotary)
+        return Owner(None, None, self.lost_module or lost_module, self.lost_rotary or lost_rotary, self.no_rotary)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Owner":
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         forgotten = self.forgotten()
-        return Owner, (None, None, forgotten.lost_module, forgotten.lost_rotary)
+        return Owner, (None, None, forgotten.lost_module, forgotten.lost_rotary, self.no_rotary)
 
 
 @dataclass
@@ -66,10 +67,10 @@ class Observed:
     remembered: dict[str, Statistics] = field(default_factory=dict)
     until: int = 0
 
-    def meet(self, module: torch.nn.Module, scaling: float | None, fold: Fold) -> None:
-        """Note which attention module this is."""
+    def meet(self, module: torch.nn.Module, scaling: float | None, fold: Fold, query: Tensor) -> None:
+        """Note which attention module this is, which was given this query."""
         if module is not self.owner.module:
-            self.owner = Owner(module, rotary_for(fold, module))
+            self.owner = owner_for(fold, module, query)
         self.scaling = scaling
 
     def receive(self, queries: Tensor, first: int, hidden_states: Tensor | None) -> None:
@@ -139,19 +140,21 @@ class Observed:
         return sum(part.nbytes for part in held if part is not None)
 
 
-def rotary_for(fold: Fold, module: torch.nn.Module) -> Rotary | None:
-    """The module's rotary embedding, if a stage asks for it.
+def owner_for(fold: Fold, module: torch.nn.Module, query: Tensor) -> Owner:
+    """The module with its rotary embedding, if a stage asks for it.
 
     Raises:
-        ValueError: if it cannot be made out, and a stage cannot do without.
+        NoRotaryError: if it cannot be made out, and a stage cannot do without.
     """
     stages = fold.stages.values()
-    if any(stage.needs_rotary for stage in stages):
-        return rotary_of(module)
-    if any(stage.uses_rotary for stage in stages):
-        with suppress(ValueError):
-            return rotary_of(module)
-    return None
+    if not any(stage.needs_rotary or stage.uses_rotary for stage in stages):
+        return Owner(module)
+    try:
+        return Owner(module, rotary_of(module, query))
+    except NoRotaryError as refusal:
+        if any(stage.needs_rotary for stage in stages):
+            raise
+        return Owner(module, no_rotary=refusal.reason)
 
 
 def by_stored_head(query: Tensor, key: Tensor, stored: Tensor) -> Tensor | None:

@@ -5,7 +5,7 @@ from .calling import CACHE_ARGUMENT, cache_argument
 from .link import Link, can_link, forget, linked_model, merging_attention
 from .loading import SHIPPED_MODELS, LoadedModel, load_model, model_folder
 from .parallel import tensor_parallel_group
-from .rotary import Rotary, rotary_of
+from .rotary import NoRotaryError, Rotary, rotary_of
 from .support import (
     can_reread,
     check_rereadable,
@@ -22,6 +22,7 @@ __all__ = [
     "SHIPPED_MODELS",
     "Link",
     "LoadedModel",
+    "NoRotaryError",
     "Pass",
     "Rotary",
     "cache_argument",

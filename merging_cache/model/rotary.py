@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ..twin import twin_of
 from .attention import from_model_file, probing
 from .calling import cache_argument
 from .link import linked_model
@@ -26,6 +27,21 @@ UNEXPLAINED = 0.05  # of the spread over positions that the right way may leave,
 
 # by attention module, which none of them keeps alive
 _found: "WeakKeyDictionary[torch.nn.Module, Rotary]" = WeakKeyDictionary()
+
+
+class NoRotaryError(ValueError):
+    """A rotary embedding that could not be made out.
+
+    Args:
+        reason: whose, and why.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"{reason}, so its queries and keys cannot be rotated back; choose a scorer that does not need it, such as "
+            "scorer='snapkv' or scorer='keydiff'"
+        )
 
 
 class Rotary:
@@ -54,7 +70,7 @@ class Rotary:
         """What the rotary module says of positions `[B, n]`, in its order."""
         table = getattr(self.embedding, "embed_positions", None)  # a table ends where the model does
         positions = positions if table is None else positions.clamp_max(len(table) - 1)
-        return self.embedding(torch.zeros(1, device=positions.device), positions, **self._options)
+        return twin_of(self.embedding)(torch.zeros(1, device=positions.device), positions, **self._options)
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines `[B, n, width]` of positions `[B, n]`, in fp32."""
@@ -87,30 +103,31 @@ class Rotary:
         return self._apply(flat, cos, sin).view(states.shape)
 
 
-def rotary_of(module: torch.nn.Module) -> Rotary:
+def rotary_of(module: torch.nn.Module, like: Tensor) -> Rotary:
     """The rotary embedding of an attention module of a linked model, found once for each module.
 
-    It is tried out: the module attends to one and the same token at several positions, and the queries that it makes
-    of it, rotated back, have to be one and the same query.
+    It is tried out: a twin of the module attends to one and the same token at several positions, and the queries that
+    it makes of it, rotated back, have to be one and the same query.
+
+    Args:
+        module: the attention module.
+        like: a tensor of the kind and on the device that it computes with, such as its queries.
 
     Raises:
-        ValueError: if the module has none, or one that cannot be undone so.
+        NoRotaryError: if the module has none, or one that cannot be undone so.
     """
     if module not in _found:
-        _found[module] = _find(module)
+        _found[module] = _find(module, like)
     return _found[module]
 
 
 @torch.no_grad()
-def _find(module: torch.nn.Module) -> Rotary:
+def _find(module: torch.nn.Module, like: Tensor) -> Rotary:
     model = linked_model(module)
     name = type(module).__name__
 
-    def refusal(why: str) -> ValueError:
-        return ValueError(
-            f"the rotary position embedding of {name} could not be made out ({why}), so its queries and keys cannot be "
-            "rotated back; choose a scorer that does not need it, such as scorer='snapkv' or scorer='keydiff'"
-        )
+    def refusal(why: str) -> NoRotaryError:
+        return NoRotaryError(f"the rotary position embedding of {name} could not be made out ({why})")
 
     embedding = _embedding(model, module)
     apply = from_model_file(module, "apply_rotary_pos_emb")
@@ -124,8 +141,6 @@ def _find(module: torch.nn.Module) -> Rotary:
         raise refusal("its frequencies change with the length of the text")
     if getattr(getattr(model, "config", None), "vision_config", None) is not None and _has_sections(module.config):
         raise refusal("tokens of an image have several positions, of which a cache is not told")
-    if any(parameter.is_meta for parameter in module.parameters()):
-        raise refusal("its weights are offloaded, so it cannot be tried out")
     options, sines_first = _layer_type(embedding, module), order[0] == "sin"
 
     def turned(states: Tensor, cos: Tensor, sin: Tensor, heads: int = 1) -> Tensor:
@@ -141,8 +156,8 @@ def _find(module: torch.nn.Module) -> Rotary:
 
     try:
         as_given = Rotary(embedding, options, not_at_all, sines_first).as_given
-        positions = torch.tensor([PROBED], device=next(module.parameters()).device)
-        queries = _probe(module, positions, as_given(positions))
+        positions = torch.tensor([PROBED], device=like.device)
+        queries = _probe(module, positions, as_given(positions), like.dtype)
     except Exception as error:
         raise refusal(f"trying it out raised {type(error).__name__}: {error}") from error
     usual = (not_at_all, turned, _first_part(turned, 1))
@@ -203,14 +218,13 @@ def _layer_type(embedding: torch.nn.Module, module: torch.nn.Module) -> dict[str
     return {"layer_type": getattr(module, "layer_type", None) or module.config.layer_types[module.layer_idx]}
 
 
-def _probe(module: torch.nn.Module, positions: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+def _probe(module: torch.nn.Module, positions: Tensor, angles: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     """The queries `[1, Hq, n, D]` that a module makes of one token at several positions."""
-    parameter = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
-    token = torch.randn(_input_width(module), generator=generator).to(parameter.device, parameter.dtype)
+    token = torch.randn(_input_width(module), generator=generator).to(positions.device, dtype)
     given = {
         "hidden_states": token.expand(1, positions.shape[1], -1),
-        "position_embeddings": tuple(part.to(parameter.dtype) for part in angles),
+        "position_embeddings": tuple(part.to(dtype) for part in angles),
         "position_ids": positions,
         "attention_mask": None,
         **cache_argument(None),
@@ -219,13 +233,13 @@ def _probe(module: torch.nn.Module, positions: Tensor, angles: tuple[Tensor, Ten
     }
     takes = inspect.signature(module.forward).parameters
     with probing() as queries:
-        module(**{name: value for name, value in given.items() if name in takes})
+        twin_of(module)(**{name: value for name, value in given.items() if name in takes})
     return queries[-1]
 
 
 def _input_width(module: torch.nn.Module) -> int:
     """The width of the hidden states that a module takes."""
     for name in ("q_proj", "qkv_proj", "query_key_value", "Wqkv", "q_a_proj"):
-        if hasattr(module, name):
-            return getattr(module, name).weight.shape[1]
+        if hasattr(getattr(module, name, None), "in_features"):
+            return getattr(module, name).in_features
     return module.config.hidden_size

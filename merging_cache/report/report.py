@@ -1,7 +1,7 @@
 """What a cache kept, merged and saved: a record that prints as a table."""
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,21 +75,29 @@ class CacheReport:
         layers: the layers in order.
         total: sums over the layers; `tokens_seen` is that of one row through the whole model.
         advice: what the cache would do if it were given the model, where it was given the config only.
+        fallbacks: what stages had to do without in some layers, and why.
         cache: a weak reference to what it is about, for `plot`: a report keeps no cache alive.
     """
 
     layers: tuple[LayerReport, ...]
     total: LayerReport
     advice: str = field(default="", compare=False)
+    fallbacks: tuple[str, ...] = field(default=(), compare=False)
     cache: weakref.ref | None = field(default=None, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CacheReport, (self.layers, self.total, self.advice)  # copied or pickled it is a record and nothing else
+        return CacheReport, (
+            self.layers,
+            self.total,
+            self.advice,
+            self.fallbacks,
+        )  # copied or pickled it is a record and nothing else
 
     def __str__(self) -> str:
         lines = align([list(COLUMNS), *(row.cells() for row in (*self.layers, self.total))], left=2)
         rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *filter(None, [self.advice])])
+        notes = [*self.fallbacks, *filter(None, [self.advice])]
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *notes])
 
     def plot(self, tokens: Sequence[str] | None = None, row: int = 0) -> Any:
         """A matplotlib figure of which tokens survived and where the others went; see `plot_merges`.
@@ -103,7 +111,7 @@ class CacheReport:
         return plot_merges(cache, tokens, row=row)
 
 
-def report_layers(layers: Iterable[Any], cache: Any = None, with_model: Fold | None = None) -> CacheReport:
+def report_layers(layers: Sequence[Any], cache: Any = None, with_model: Fold | None = None) -> CacheReport:
     """Report on the layers of a cache; those that are transformers' own count in full.
 
     Args:
@@ -128,7 +136,20 @@ def report_layers(layers: Iterable[Any], cache: Any = None, with_model: Fold | N
         merger = summarize_stage(with_model.merger, MERGERS | QUERY_SOURCES)
         stages = f"{scorer}, {budget} and {merger}"
         advice = f"Given the config only. With model=model it would go by {stages}; the defaults answer far better so."
-    return CacheReport(rows, total, advice, None if cache is None else weakref.ref(cache))
+    return CacheReport(rows, total, advice, fallbacks_of(layers), None if cache is None else weakref.ref(cache))
+
+
+def fallbacks_of(layers: Sequence[Any]) -> tuple[str, ...]:
+    """What stages had to do without, each with the layers where they had to."""
+    where: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        for fallback in layer.fallbacks if isinstance(layer, MergingLayer) else ():
+            where.setdefault(fallback, []).append(index)
+    folding = [index for index, layer in enumerate(layers) if isinstance(layer, MergingLayer)]
+    return tuple(
+        fallback if found == folding else f"{fallback} (layers {', '.join(map(str, found))})"
+        for fallback, found in where.items()
+    )
 
 
 def report_layer(index: int, layer: Any) -> LayerReport:

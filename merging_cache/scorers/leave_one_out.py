@@ -18,8 +18,8 @@ class LeaveOneOutScorer(Scorer):
     score is the length of that change after the output projection, summed over the query heads of the group, relative
     to the length of what the whole layer adds; squared and summed over all tokens that are read again:
     `sum_q (sum_g p / (1 - p) |W_g (v - o_g)| / |y|)^2`. The largest attention, which `kvzip` goes by, takes all heads
-    and layers for equal, whether what they read tells anything or not. Where the weight of the projection cannot be
-    read (quantized, or offloaded), the heads' own outputs stand for it.
+    and layers for equal, whether what they read tells anything or not. Where the attention has no projection that
+    fits, the heads' own outputs stand for it.
 
     Args:
         chunk_size: tokens that are read again at a time: with more of them it takes more memory and less time.

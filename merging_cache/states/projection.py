@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..twin import matrix_of
 from .attention import group_logits
 from .layer import TILE, Again, LayerStates
 
@@ -16,26 +17,19 @@ LEAST_LEFT = 0.01  # what is left to the others where a token draws all of the a
 def output_projection(states: LayerStates) -> Tensor | None:
     """`[H, G, D, hidden]` in fp32, the parts of the output projection that belong to these KV heads.
 
-    Of a projection that something is wrapped around (an adapter, say) those of the wrapped one. `None` where the
-    attention module has none that fits, or its weight cannot be read: quantized, or offloaded.
+    `None` where the attention module has none that fits.
     """
     dim = states.values.shape[3]
     num_heads = states.keys.shape[1] if states.num_heads is None else states.num_heads
     groups = getattr(states.module, "num_key_value_groups", None)
     for name in PROJECTIONS:
         layer = getattr(states.module, name, None)
-        while hasattr(layer, "base_layer"):
-            layer = layer.base_layer
-        weight = getattr(layer, "weight", None)
-        if weight is None or weight.dim() != 2 or not weight.is_floating_point() or weight.is_meta:
+        weight = None if layer is None else matrix_of(layer, states.values)
+        if weight is None or weight.shape[0] % (num_heads * dim):
             continue
-        if hasattr(weight, "to_local"):  # the heads of this process, where several share the layer
-            weight = weight.to_local()
-        # others than linear layers are transformers' Conv1D, which has it the other way round
-        weight = weight.mT if isinstance(layer, torch.nn.Linear) or hasattr(layer, "in_features") else weight
-        if weight.shape[0] % (num_heads * dim) or groups not in (None, weight.shape[0] // (num_heads * dim)):
+        if groups not in (None, weight.shape[0] // (num_heads * dim)):
             continue
-        parts = weight.detach().float().to(states.values.device).unflatten(0, (num_heads, -1, dim))
+        parts = weight.to(states.values.device).unflatten(0, (num_heads, -1, dim))
         return parts if states.heads is None else parts[states.heads.to(parts.device)]
     return None
 
