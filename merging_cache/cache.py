@@ -230,7 +230,7 @@ class MergingDynamicCache(DynamicCache):
         if decoder is not None and any(layer.fold_is_due for layer in layers):
             for layer in layers:
                 layer.check_finite()
-            due = shared.again.run(self.layers, shared.padding, decoder, shared.row_is_due)
+            due = shared.again.run(self.layers, shared.padding, decoder, shared.row_is_due, shared.recalls)
             for one in shared.learned.values():
                 one.learn(layers, due.words)
         for layer in layers:

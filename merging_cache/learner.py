@@ -1,4 +1,4 @@
-"""Stages that learn of a model what they go by, from a part of its first prompt that it reads again."""
+"""Stages that learn of a model what they go by, from parts of its first prompts that it reads again."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -25,6 +25,11 @@ class Lesson:
 
     tables: Sequence[Tensor]
 
+    @classmethod
+    def of_rows(cls, rows: Sequence["Lesson"]) -> "Lesson":
+        """Of a batch of such rows."""
+        return cls([torch.cat(tables) for tables in zip(*(row.tables for row in rows), strict=True)])
+
     def row(self, index: int) -> "Lesson":
         """Of one row."""
         return Lesson([one[index : index + 1] for one in self.tables])
@@ -49,12 +54,13 @@ class Lesson:
 class Learner(Stage):
     """A stage that learns of a model what it goes by.
 
-    After the first prompt the cache has the model read `probe_tokens` from its middle again, from where it stands
-    behind the prompt. The first of them, `LEAD` or half, get it into the text; of each of the others the stage is told
-    how much the layers' outputs would change without it (as by `leave_one_out`). What it makes of that is remembered
-    for the model: its later caches know it before they read. A shorter prompt speaks for itself, with what comes after
-    it in its cache, and what such prompts teach is added up for later caches, until it comes from as many tokens. Of
-    those about every other one has to be different: the same few tokens, as models are warmed up with, teach little.
+    After a prompt the cache has the model read `probe_tokens` from its middle again, from where it stands behind the
+    prompt. The first of them, `LEAD` or half, get it into the text; of each of the others the stage is told how much
+    the layers' outputs would change without it (as by `leave_one_out`). The cache goes by what it makes of that; of a
+    short prompt together with what comes after it. What prompts tell is averaged for the model, and once it comes from
+    `teaching_tokens`, which takes two or three different prompts, later caches know it before they read, and nothing is
+    read again. About every other token has to be new for that; a prompt that repeats itself, of whose tokens less than
+    a quarter are different, speaks for itself only.
     """
 
     learns = True
@@ -74,8 +80,13 @@ class Learner(Stage):
 
     @property
     def telling_tokens(self) -> int:
-        """How many tokens have to be told of before the rest of the model's life goes by them."""
+        """How many tokens have to be told of before the rest of a cache's life goes by them."""
         return self.probe_tokens - lead_of(self.probe_tokens)
+
+    @property
+    def teaching_tokens(self) -> int:
+        """How many before the rest of the model's life does: of more than one text, lest it goes by one kind only."""
+        return 2 * self.telling_tokens
 
     def observe_again(self, states: LayerStates) -> Statistics:
         return Statistics(tokens=changes_left_out(states))

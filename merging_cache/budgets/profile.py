@@ -24,7 +24,7 @@ class ProfileBudget(Learner, Budget):
     """Every head keeps the fraction of its tokens that the model looks at; the scorer says which.
 
     How many tokens a head needs is a property of the model, which hardly differs from text to text. It is learned from
-    the model's first prompt, of which `probe_tokens` are read again (see `Learner`): one threshold over all layers and
+    the model's first prompts, of which `probe_tokens` are read again (see `Learner`): one threshold over all layers and
     heads, on how much the layers' outputs would change without each token, gives each head its fraction, whatever the
     ratio. Later caches of the model know it before they read, so their layers fold one by one as they are read, and
     with `max_tokens` a row gives what it gives alone. All heads together keep what the ratio says, or a slot less in

@@ -115,12 +115,12 @@ class Due:
         return self.real.sum(dim=1)
 
     @cached_property
-    def words(self) -> list[list[float]]:
+    def words(self) -> list[tuple[float, ...]]:
         """By row, what the tokens that tell something are: ids, or for embeddings a number hardly ever that of two."""
         parts = [part if part.dim() == 2 else part.float().sum(dim=-1) for part in self.passes]
         given = torch.cat([part.double() for part in parts], dim=1)
         last = self.told[:, self.told.shape[1] - given.shape[1] :]
-        return [mine[there].tolist() for mine, there in zip(given, last, strict=True)]
+        return [tuple(mine[there].tolist()) for mine, there in zip(given, last, strict=True)]
 
     def around(self) -> Tensor:
         """`[B, L]` bool, the first tokens of each row, and those in a window around what is read again."""
@@ -210,6 +210,7 @@ class SecondReading:
         padding: Padding,
         decoder: torch.nn.Module,
         is_due: Callable[[int], bool],
+        recalls: Callable[[list[tuple[float, ...]]], bool],
     ) -> Due:
         """Read again what came; the layers that fold are told what is attended to.
 
@@ -218,6 +219,7 @@ class SecondReading:
             padding: of its batch.
             decoder: the part of the model that has layers.
             is_due: whether a row of so many tokens is to be folded.
+            recalls: whether it is known what such tokens tell, by row; then nothing is read.
 
         Returns:
             what was read, for `finish`.
@@ -230,7 +232,7 @@ class SecondReading:
         if known is not None and any(layer.storage.is_packed for layer in folding):
             known = None  # its keys are not those that others have seen
         asked = self.stages, self.chunk_size, self.part, due.rows.tolist()
-        if known is None or not known.give(asked, folding):
+        if not recalls(due.words) and (known is None or not known.give(asked, folding)):
             started = time.perf_counter()
             self._read_again(layers, due, decoder)
             if known is not None:

@@ -1,7 +1,7 @@
 """Learned: what a stage has learned of the model of a cache, found once and remembered for its later caches."""
 
-from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ..learner import Learner, Lesson
 from ..states import LayerStates
+
+LEAST_DIFFERENT = 1 / 4  # of the tokens that a text tells of; about half of those of prose are
+MOST_TEXTS = 8  # prompts whose lessons are remembered, in case they come again
 
 
 class Told(Protocol):
@@ -24,37 +27,33 @@ class Taught:
     """What a model has taught a stage so far, whichever caches it came from.
 
     Args:
-        lesson: of one row.
+        lesson: of one row; `None` as long as no prompt taught anything.
         words: the tokens that it comes from.
-        texts: these tokens in their order, prompt by prompt, as hashes.
         worth: for how many tokens of a text it counts.
+        texts: the lessons of the last few prompts, by the tokens that they come from.
     """
 
-    lesson: Lesson
+    lesson: Lesson | None = None
     words: frozenset[float] = frozenset()
-    texts: frozenset[int] = frozenset()
     worth: float = 0.0
+    texts: Mapping[tuple[float, ...], Lesson] = field(default_factory=dict)
 
-    @classmethod
-    def by(cls, lesson: Lesson, row: Sequence[float], before: "Taught | None" = None) -> "Taught":
-        """By a row of tokens, after what was taught before.
+    def and_by(self, lesson: Lesson, text: tuple[float, ...]) -> "Taught":
+        """With what a row of tokens tells.
 
-        New tokens count (see `counted`), and of the others a few: a model that reads few different ones (bytes, say) is
-        known some day, too. The very same prompt again, as where a model is warmed up or asked whether it lives, counts
-        for nothing.
+        New tokens count (see `counted`), and of the others a few. What repeats itself counts for nothing, since of a
+        token that comes again and again it says what holds for no text; nor does the very same prompt again, as where a
+        model is warmed up or asked whether it lives.
         """
-        text, before = hash(tuple(row)), before or cls(lesson)
-        if text in before.texts:
-            return cls(lesson)
-        worth = max(counted(row, before.words), len(row) / 16)
-        return cls(lesson, frozenset(row), frozenset([text]), worth)
-
-    def and_then(self, other: "Taught") -> "Taught":
-        """With what was taught later."""
-        worth = self.worth + other.worth
-        share = torch.tensor([other.worth / worth if worth else 0.0], dtype=torch.double)
-        lesson = self.lesson.mixed(other.lesson, share)
-        return Taught(lesson, self.words | other.words, self.texts | other.texts, worth)
+        if not text or text in self.texts:
+            return self
+        texts = dict([*self.texts.items(), (text, lesson)][-MOST_TEXTS:])
+        if len(set(text)) < LEAST_DIFFERENT * len(text):
+            return replace(self, texts=texts)
+        new = max(counted(text, self.words), len(text) / 16)
+        worth = self.worth + new
+        mixed = lesson if self.lesson is None else self.lesson.mixed(lesson, torch.tensor([new / worth]))
+        return Taught(mixed, self.words | frozenset(text), worth, texts)
 
 
 def counted(row: Sequence[float], known: frozenset[float] = frozenset()) -> int:
@@ -66,7 +65,8 @@ class Learned:
     """A cache's side of it: the lesson that one of its stages goes by from the first fold until the cache is emptied.
 
     Each row of a batch has its own, as if it were alone, unless the model is known when the cache folds first. Of a
-    batch the row that has most to tell teaches the model.
+    batch the row that has most to tell teaches the model. Rows that tell what another cache was told need not be read
+    again.
 
     Args:
         name: of the stage, among the cache's.
@@ -92,15 +92,16 @@ class Learned:
         self._told: Tensor | None = None  # [B], tokens that were told of, while those of a row are few
 
     @property
-    def _taught(self) -> Taught | None:
-        """`None`, too, where it is of other layers than these: some were taken out since."""
-        taught = self._memory.get(repr(self.stage))
-        return taught if taught is not None and len(taught.lesson.tables) == self._num_layers else None
+    def _taught(self) -> Taught:
+        """Nothing, too, where it is of other layers than these: some were taken out since."""
+        taught = self._memory.get(repr(self.stage), Taught())
+        lessons = [one for one in (taught.lesson, *taught.texts.values()) if one is not None]
+        return taught if all(len(one.tables) == self._num_layers for one in lessons) else Taught()
 
     @property
     def lesson(self) -> Lesson | None:
         """`None` until something is known."""
-        if self._own is None and self._taught is not None and self._taught.worth >= self.stage.telling_tokens:
+        if self._own is None and self._taught.worth >= self.stage.teaching_tokens:
             self._own = self._taught.lesson
         return self._own
 
@@ -109,14 +110,32 @@ class Learned:
         """Whether all is known, and nothing has to be read again."""
         return self.lesson is not None and self._told is None
 
-    def learn(self, layers: Sequence[Told], words: Sequence[Sequence[float]]) -> None:
-        """Once all layers have been told of the tokens that were read again, which of each row are `words`."""
-        told = [layer.told(self.name) for layer in layers]
-        if self.is_settled:
+    def recalls(self, words: Sequence[tuple[float, ...]]) -> bool:
+        """Whether it is known what tokens tell, by row."""
+        return self._known is not None or all(mine in self._taught.texts for mine in words)
+
+    def learn(self, layers: Sequence[Told], words: Sequence[tuple[float, ...]]) -> None:
+        """Once all layers have been told of the tokens that were read again, which of each row are `words`.
+
+        What is recalled they need not have been told. A model that is known goes on to teach as long as other stages
+        have it read again.
+        """
+        told, taught = [layer.told(self.name) for layer in layers], self._taught
+        if self._known is not None:
             return
-        rows = [self.stage.learn(list(of_row), self._gather) for of_row in zip(*told, strict=True)]
-        found = Lesson([torch.stack(tables).cpu() for tables in zip(*rows, strict=True)])
+        if all(mine in taught.texts for mine in words):
+            found = Lesson.of_rows([taught.texts[mine] for mine in words])
+        else:
+            rows = [self.stage.learn(list(of_row), self._gather) for of_row in zip(*told, strict=True)]
+            found = Lesson([torch.stack(tables).cpu() for tables in zip(*rows, strict=True)])
         new = torch.tensor([counted(mine) for mine in words], dtype=torch.double)
+        if not self.is_settled:
+            self._tell(found, new)
+        row = int(new.argmax())
+        self._memory[repr(self.stage)] = taught.and_by(found.row(row), words[row])
+
+    def _tell(self, found: Lesson, new: Tensor) -> None:
+        """Go by what each row was told, too, of so many new tokens `[B]`."""
         if self._own is None:
             self._own, self._told = found, new
         else:
@@ -125,11 +144,6 @@ class Learned:
             self._told = self._told + few * new
         if (self._told >= self.stage.telling_tokens).all():
             self._told = None
-        before = self._taught
-        if before is None or before.worth < self.stage.telling_tokens:
-            row = int(new.argmax())
-            taught = Taught.by(found.row(row), words[row], before)
-            self._memory[repr(self.stage)] = taught if before is None else before.and_then(taught)
 
     def _gather(self, numbers: Tensor) -> tuple[Tensor, slice]:
         """Numbers about heads `[N, ...]` of all processes, and which of them are these."""
@@ -153,4 +167,6 @@ class Learned:
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_memory": dict(self._memory), "group": None}  # models and processes do not travel
+        # models and processes do not travel
+        memory = {repr(self.stage): replace(self._taught, texts={})}
+        return vars(self) | {"_memory": memory, "group": None}

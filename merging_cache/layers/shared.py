@@ -1,7 +1,7 @@
 """What the layers of one cache share: how they fold, their batch's padding, and the link to their model."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,7 +53,13 @@ class Shared:
         if self.fold.again_tokens is None:
             return True
         # without the model to read it, stages go by what is known
-        return self.link.model is not None and not all(one.is_settled for one in self.learned.values())
+        return self.link.decoder is not None and not all(one.is_settled for one in self.learned.values())
+
+    def recalls(self, words: Sequence[tuple[float, ...]]) -> bool:
+        """Whether it is known what these tokens tell, by row, so that they need not be read again."""
+        return self.fold.rereading.keys() <= self.learned.keys() and all(
+            one.recalls(words) for one in self.learned.values()
+        )
 
     def lessons(self, layer_rank: tuple[int, int] | None) -> dict[str, Tensor]:
         """`[B or 1, H, ...]`, what each stage has learned of folding layer `i` of `n`, where anything is known."""

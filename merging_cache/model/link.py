@@ -1,20 +1,23 @@
 """The link between a cache and its model: which models run the registered attention, for whom, and until when.
 
-A linked model's configs name its attention implementation with our prefix; nothing else in it changes. Knows
-transformers, and nothing of layers.
+A linked model's configs name its attention implementation by a name of ours; where a stage asks for it hooks are put on
+its modules; nothing else in it changes. Each of these is there as long as someone holds it. Knows transformers, and
+nothing of layers.
 """
 
 import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -22,15 +25,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from .attention import LinkedName, forget_hidden_states, keep_hidden_states, register
 from .parallel import summed, tensor_parallel_group
 
-_links: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the config of a linked model's decoder to its ModelLink
-_links_lock = threading.RLock()
-_memories: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a model to what its caches have found out about it
+_memories: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a decoder to what its model's caches have found out about it
+_linked: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()  # models that were linked, and their decoders
+# the blocks that this thread of execution is in: the config of a decoder, and who holds it
+_blocks: ContextVar[tuple[tuple[PreTrainedConfig, object], ...]] = ContextVar("merging_attention", default=())
 
 
 def forget(model: torch.nn.Module) -> None:
     """Forget what a model's prompts have taught its caches, after its weights were changed, say.
 
-    By default (`scorer="probe"`, `budget="profile"`) the first prompt of a model teaches its caches which of its tokens
+    By default (`scorer="probe"`, `budget="profile"`) the first prompts of a model teach its caches which of its tokens
     matter. Caches that are in use keep to what they know until they are reset.
 
     Example:
@@ -38,7 +42,125 @@ def forget(model: torch.nn.Module) -> None:
         >>> from merging_cache import forget
         >>> forget(LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1)))
     """
-    _memories.pop(model, None)
+    _memories.pop(decoder_of(model), None)
+
+
+# What is held ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Hold:
+    """Something that was put in place, until the last of its holders lets go.
+
+    Args:
+        take_away: undoes it, given what it was put on.
+        holders: who needs it; those that are gone need nothing.
+    """
+
+    take_away: Callable[[Any], None]
+    holders: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
+
+
+_holds: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a config or module to what was put on it, by kind
+_holds_lock = threading.RLock()
+
+
+def hold(thing: Any, kind: str, put: Callable[[Any], Callable[[Any], None]], holder: Any) -> None:
+    """Hold something of a kind on a config or module: `put` there now, if it is not, it gives what takes it away."""
+    with _holds_lock:
+        holds = _holds.setdefault(thing, {})
+        if kind not in holds:
+            holds[kind] = Hold(put(thing))
+        holds[kind].holders.add(holder)
+
+
+def let_go(holder: Any) -> None:
+    """Take away what nobody else holds."""
+    with _holds_lock:
+        for thing, holds in list(_holds.items()):
+            for kind, one in list(holds.items()):
+                one.holders.discard(holder)
+                if not one.holders:
+                    one.take_away(thing)
+                    del holds[kind]
+            if not holds:
+                _holds.pop(thing, None)
+
+
+def hold_also(holder: Any, other: Any) -> None:
+    """Have another one hold what a holder does."""
+    with _holds_lock:
+        for holds in list(_holds.values()):
+            for one in holds.values():
+                if holder in one.holders:
+                    one.holders.add(other)
+
+
+def put_name(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], None]:
+    """Have attention that chooses by this config run linked."""
+    set_implementation(config, register(config._attn_implementation))
+    return take_name_away
+
+
+def take_name_away(config: PreTrainedConfig) -> None:
+    if is_linked(config):  # someone may have chosen another implementation since
+        set_implementation(config, str(config._attn_implementation))
+
+
+def put_input_hooks(model: torch.nn.Module) -> Callable[[torch.nn.Module], None]:
+    """Have every attention module keep its input for the attention function."""
+    return removal_of(
+        module.register_forward_pre_hook(keep_hidden_states, with_kwargs=True)
+        for module in model.modules()
+        if getattr(module, "layer_idx", None) is not None and "Attention" in type(module).__name__
+    )
+
+
+def put_pass_hooks(decoder: torch.nn.Module) -> Callable[[torch.nn.Module], None]:
+    """Have a decoder tell the cache of every pass, before and after."""
+    return removal_of(
+        [
+            decoder.register_forward_pre_hook(_before_pass, with_kwargs=True),
+            decoder.register_forward_hook(_after_pass, with_kwargs=True),
+        ]
+    )
+
+
+def removal_of(hooks: Iterable[RemovableHandle]) -> Callable[[torch.nn.Module], None]:
+    """What removes hooks."""
+    hooks = list(hooks)
+
+    def remove(module: torch.nn.Module) -> None:
+        for hook in hooks:
+            hook.remove()
+        forget_hidden_states()
+
+    return remove
+
+
+@functools.cache
+def _signature(kind: type[torch.nn.Module]) -> inspect.Signature:
+    """Of the forward of a class of modules; asked for in every step."""
+    return inspect.signature(kind.forward)
+
+
+def _given(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The cache that a decoder was given, and all its arguments by name."""
+    given = _signature(type(decoder)).bind_partial(decoder, *args, **kwargs).arguments
+    given |= given.pop("kwargs", {})
+    return given.get("cache", given.get("past_key_values")), given
+
+
+def _before_pass(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache, given = _given(decoder, args, kwargs)
+    if hasattr(cache, "before_pass"):
+        cache.before_pass(given)
+
+
+def _after_pass(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache, given = _given(decoder, args, kwargs)
+    if hasattr(cache, "after_pass"):
+        cache.after_pass(given)
 
 
 # What a cache holds ---------------------------------------------------------------------------------------------------
@@ -69,16 +191,21 @@ class Link:
         self.model_name = "the model" if config is None else type(config).__name__.removesuffix("Config")
         if config is not None and getattr(config, "architectures", None):
             self.model_name = config.architectures[0]
-        self._config = None if config is None else config.get_text_config(decoder=True)
+        self._config = None if config is None else decoder_config(config)
         self._reading: weakref.ref[Any] | None = None
-        self._model_link: ModelLink | None = None
-        self._model: Callable[[], PreTrainedModel | None] = _no_model
+        self._model = self._decoder = _nothing
+        self._block: object | None = None  # that the cache was made in, which holds in its place
+        self.is_linked = False
         if model is None:
             return
-        self._model = weakref.ref(model)
         self.model_name = type(model).__name__
         if can_link(model):
-            self._model_link = ModelLink.of(model, self, needs_hidden_states)
+            self._model, self._decoder = weakref.ref(model), weakref.ref(decoder_of(model))
+            self._block = next((block for config, block in _blocks.get() if config is self._config), None)
+            self.is_linked = True
+            link(model, self._holder)
+            if needs_hidden_states:
+                self.watch_hidden_states()
         elif needed:
             raise ValueError(
                 f"the attention of {self.model_name} does not go through transformers' attention interface, so neither "
@@ -87,9 +214,13 @@ class Link:
             )
 
     @property
+    def _holder(self) -> Any:
+        return self if self._block is None else self._block
+
+    @property
     def expected(self) -> bool:
         """Whether layers should wait for the attention of their passes."""
-        return self.needed or self._model_link is not None
+        return self.needed or self.is_linked
 
     @property
     def is_broken(self) -> bool:
@@ -103,32 +234,27 @@ class Link:
 
     def watch_hidden_states(self) -> None:
         """Have the attention of a linked model hand over its input, too; for as long as it is linked."""
-        if (model := self.model) is not None:
-            self._model_link.watch_hidden_states(model)
+        if self.decoder is not None:
+            hold(self.decoder, "inputs", put_input_hooks, self._holder)
 
     def watch_passes(self) -> None:
         """Have the decoder of a linked model tell its caches of every pass, before and after; while it is linked."""
-        if (model := self.model) is not None:
-            self._model_link.watch_passes(model)
-
-    @property
-    def model(self) -> PreTrainedModel | None:
-        """The linked model; `None` where it is not linked."""
-        return None if self._model_link is None else self._model()
-
-    @property
-    def memory(self) -> dict[str, Any]:
-        """What caches have found out about the linked model, for later ones."""
-        return {} if self.model is None else _memories.setdefault(self.model, {})
+        if self.decoder is not None:
+            hold(self.decoder, "passes", put_pass_hooks, self._holder)
 
     @property
     def decoder(self) -> torch.nn.Module | None:
         """The part of the linked model that has layers; `None` where it is not linked."""
-        return None if self.model is None else self.model.get_decoder()
+        return self._decoder() if self.is_linked else None
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """What caches have found out about the linked model, for later ones."""
+        return {} if self.decoder is None else _memories.setdefault(self.decoder, {})
 
     def summed(self, tensor: Tensor) -> Tensor:
         """What the processes that share the heads of each layer hold, added up."""
-        return summed(tensor, tensor_parallel_group(self.model))
+        return summed(tensor, tensor_parallel_group(self._model()))
 
     def release(self, model: PreTrainedModel | None) -> None:
         """Put the model back as it was before it was linked, unless another cache or a `with` block still needs it.
@@ -136,28 +262,27 @@ class Link:
         Raises:
             ValueError: if the cache is linked to another model than `model`.
         """
-        if self._model_link is None:
+        if not self.is_linked:
             return
-        if model is not None and decoder_config(model) is not self._config:
+        if model is not None and decoder_config(model.config) is not self._config:
             raise ValueError(
                 f"this cache is linked to a {self.model_name}, not to the {type(model).__name__} given; call "
                 "cache.release() without a model, or with its own"
             )
-        self._model_link.let_go(self)
-        self._model_link = None
+        self.is_linked = False
+        let_go(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Link":
         twin = object.__new__(Link)  # a copy of a cache belongs to the same model, and has to be released by itself
         vars(twin).update(vars(self) | {"_reading": None})
-        if self._model_link is not None:
-            self._model_link.hold(twin)
+        hold_also(self, twin)
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled_link, (self.model_name, self.needed, self.cache_name)  # models do not travel with caches
 
 
-def _no_model() -> None:
+def _nothing() -> None:
     """What a link without a model refers to."""
 
 
@@ -167,7 +292,7 @@ def _unpickled_link(model_name: str, needed: bool, cache_name: str) -> Link:
     return link
 
 
-# A model's side of the link -------------------------------------------------------------------------------------------
+# A model --------------------------------------------------------------------------------------------------------------
 
 
 def can_link(model: PreTrainedModel) -> bool:
@@ -178,112 +303,12 @@ def can_link(model: PreTrainedModel) -> bool:
     return any(part._can_set_attn_implementation() for part in parts)
 
 
-@dataclass(eq=False)
-class ModelLink:
-    """A linked model and who needs the link.
-
-    What the model was before is what its configs name without our prefix, so there is nothing to remember.
-    """
-
-    model: "weakref.ref[PreTrainedModel]"
-    holders: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
-    blocks: int = 0
-    hooks: list[Any] = field(default_factory=list)
-    # models may share a config
-    shows_hidden_states: "weakref.WeakSet[PreTrainedModel]" = field(default_factory=weakref.WeakSet)
-    shows_passes: "weakref.WeakSet[PreTrainedModel]" = field(default_factory=weakref.WeakSet)
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, holder: Link | None = None, hidden_states: bool = False) -> "ModelLink":
-        """The link of this model, made now if there is none, held by a cache's link or else by a block.
-
-        With `hidden_states` every attention module keeps its input for the attention function.
-        """
-        with _links_lock:
-            link = _links.get(decoder_config(model))
-            link = cls(weakref.ref(model)) if link is None or link.model() is None else link
-            for config in configs_to_link(model):
-                set_implementation(config, register(config._attn_implementation))
-            _links[decoder_config(model)] = link
-            if holder is None:
-                link.blocks += 1
-            else:
-                link.hold(holder)
-            if hidden_states:
-                link.watch_hidden_states(model)
-            return link
-
-    def hold(self, holder: Link) -> None:
-        """Keep the model linked for this cache; inside a `merging_attention` block the block decides."""
-        with _links_lock:
-            if not self.blocks:
-                self.holders.add(holder)
-
-    def let_go(self, holder: Link | None) -> None:
-        """Put the model back if nobody else needs the link; `None` is a block that ends."""
-        with _links_lock:
-            if holder is None:
-                self.blocks -= 1
-            else:
-                self.holders.discard(holder)
-            model = self.model()
-            if self.holders or self.blocks or model is None:
-                return
-            for hook in self.hooks:
-                hook.remove()
-            for kept in (self.hooks, self.shows_hidden_states, self.shows_passes):
-                kept.clear()
-            forget_hidden_states()
-            for config in configs_to_link(model):
-                if is_linked(config):  # someone may have chosen another implementation since
-                    set_implementation(config, str(config._attn_implementation))
-            _links.pop(decoder_config(model), None)
-
-    def watch_hidden_states(self, model: PreTrainedModel) -> None:
-        """Have every attention module keep its input for the attention function; removed with the link."""
-        if model in self.shows_hidden_states:
-            return
-        self.shows_hidden_states.add(model)
-        for module in model.modules():
-            if getattr(module, "layer_idx", None) is not None and "Attention" in type(module).__name__:
-                hook = module.register_forward_pre_hook(keep_hidden_states, with_kwargs=True)
-                self.hooks.append(hook)
-
-    def watch_passes(self, model: PreTrainedModel) -> None:
-        """Have the decoder tell the cache of every pass; removed with the link."""
-        if model in self.shows_passes:
-            return
-        self.shows_passes.add(model)
-        decoder = model.get_decoder()
-        self.hooks += [
-            decoder.register_forward_pre_hook(_before_pass, with_kwargs=True),
-            decoder.register_forward_hook(_after_pass, with_kwargs=True),
-        ]
-
-
-@functools.cache
-def _signature(kind: type[torch.nn.Module]) -> inspect.Signature:
-    """Of the forward of a class of modules; asked for in every step."""
-    return inspect.signature(kind.forward)
-
-
-def _given(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The cache that a decoder was given, and all its arguments by name."""
-    given = _signature(type(decoder)).bind_partial(decoder, *args, **kwargs).arguments
-    given |= given.pop("kwargs", {})
-    return given.get("cache", given.get("past_key_values")), given
-
-
-def _before_pass(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cache, given = _given(decoder, args, kwargs)
-    if hasattr(cache, "before_pass"):
-        cache.before_pass(given)
-
-
-def _after_pass(decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    cache, given = _given(decoder, args, kwargs)
-    if hasattr(cache, "after_pass"):
-        cache.after_pass(given)
+def link(model: PreTrainedModel, holder: Any) -> None:
+    """Link a model for a holder."""
+    _linked.update((model, decoder_of(model)))
+    for config in configs_to_link(model):
+        hold(config, "name", put_name, holder)
+        put_name(config)  # someone may have chosen another implementation since
 
 
 def configs_to_link(model: PreTrainedModel) -> list[PreTrainedConfig]:
@@ -291,7 +316,7 @@ def configs_to_link(model: PreTrainedModel) -> list[PreTrainedConfig]:
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     configs = [part.config for part in parts if part._can_set_attn_implementation()]
     configs = [config for config in configs if config._attn_implementation in ALL_MASK_ATTENTION_FUNCTIONS]
-    return list({id(config): config for config in [*configs, decoder_config(model)]}.values())
+    return list({id(config): config for config in [*configs, decoder_config(model.config)]}.values())
 
 
 def is_linked(config: PreTrainedConfig) -> bool:
@@ -307,18 +332,22 @@ def set_implementation(config: PreTrainedConfig, name: str) -> None:
     config._attn_implementation = {"": name}
 
 
-def decoder_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The config of the part of the model that generates text."""
-    return model.config.get_text_config(decoder=True)
+def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the part of a model that generates text: the very one, by which that part chooses its attention."""
+    found = config.get_text_config(decoder=True)
+    # of an encoder-decoder model that has one for both it is a copy, another one each time
+    return found if found is config.get_text_config(decoder=True) else config
 
 
-def linked_model(module: torch.nn.Module) -> PreTrainedModel | None:
-    """The linked model that this attention module belongs to."""
-    for link in list(_links.values()):
-        model = link.model()
-        if model is not None and any(part is module for part in model.modules()):
-            return model
-    return None
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """The part of a model that has the layers which generate text, whatever is wrapped around it."""
+    return model.get_decoder() if hasattr(model, "get_decoder") else model
+
+
+def linked_model(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The linked model that this attention module belongs to: of several the one around the others."""
+    found = [model for model in _linked if any(part is module for part in model.modules())]
+    return max(found, key=lambda model: sum(1 for _ in model.modules()), default=None)
 
 
 @contextmanager
@@ -352,8 +381,15 @@ def merging_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
             f"the attention of {type(model).__name__} does not go through transformers' attention interface, so it "
             "cannot be linked"
         )
-    link = ModelLink.of(model)
+    block = Block()
+    link(model, block)
+    before = _blocks.set((*_blocks.get(), (decoder_config(model.config), block)))
     try:
         yield model
     finally:
-        link.let_go(None)
+        _blocks.reset(before)
+        let_go(block)
+
+
+class Block:
+    """A `with` block, as a holder."""

@@ -23,7 +23,7 @@ class ProbeScorer(Learner, Scorer):
     """What a linear probe of key and value says of how much the layer's output would change without the token.
 
     `log s = w_k k + w_v v + c`, with weights of its own for each KV head, where k is the key before RoPE (as it is,
-    where the embedding cannot be made out) and v the value. The weights are learned from the model's first prompt, of
+    where the embedding cannot be made out) and v the value. The weights are learned from the model's first prompts, of
     which `probe_tokens` are read again: ridge regression of the logarithm of what `leave_one_out` says of them, on
     standardized keys and values. So the score, log s (to 2^-10), is what a second reading would say, at the price of a
     product.

@@ -48,6 +48,7 @@ class WrappingScorer(Scorer):
     chunk_size = _OfInner()
     learns = _OfInner()
     telling_tokens = _OfInner()
+    teaching_tokens = _OfInner()
     known = _OfInner()
     learn = _OfInner()
     default_budget = _OfInner()
