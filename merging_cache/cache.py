@@ -209,20 +209,6 @@ class MergingDynamicCache(DynamicCache):
         for layer in self.folding_layers:
             layer.release()
 
-    @property
-    def is_compileable(self) -> bool:
-        """Whether transformers is to give single tokens a mask where all keys are visible.
-
-        That is what it takes this for once a prompt was read. A mask makes its sdpa attention read the keys of a KV
-        head once for all query heads, where without one the CPU kernel reads them again for each. Never true on a GPU,
-        where it would also have `generate` compile the model; see `fixed` for that.
-        """
-        # its name in a linked model ends so, too; flex attention's masks are of another kind
-        if not str(getattr(self._config, "_attn_implementation", None)).endswith("sdpa"):
-            return False
-        layers = self.folding_layers
-        return bool(layers) and all(layer.num_slots and layer.device.type == "cpu" for layer in layers)
-
     def fold(self) -> "MergingDynamicCache":
         """Fold now what waits for its fold, as prompts do with `fold_at="decode"`; returns the cache."""
         shared, layers = self._shared, self.folding_layers
@@ -314,7 +300,17 @@ class MergingDynamicCache(DynamicCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, folded ones included."""
-        return TokensSeen(super().get_seq_length(layer_idx))
+        return TokensSeen(super().get_seq_length(layer_idx), self._switches_at)
+
+    def __bool__(self) -> bool:
+        """False for an empty cache of a model that would throw it away otherwise; see `TokensSeen`."""
+        return self._switches_at is None or super().get_seq_length() > 0
+
+    @property
+    def _switches_at(self) -> int | None:
+        """From how many tokens on the model rotates otherwise (Phi-3), if something folds here."""
+        folds = self.merging.compression_ratio != 0
+        return getattr(self._config, "original_max_position_embeddings", None) if folds else None
 
     def activate_past_recording(self) -> None:
         """Fold nothing until the next `crop`, so that drafts can be taken back.

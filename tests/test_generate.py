@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, QuantizedCache
+from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache
 
+from merging_cache import MergingDynamicCache
 from merging_cache.model import CACHE_ARGUMENT, cache_argument
 from models import (
     CACHES,
@@ -17,6 +18,7 @@ from models import (
     prompt,
     score_by_hand,
     stored,
+    tiny_config,
     tiny_model,
 )
 
@@ -548,6 +550,59 @@ def test_a_prompt_no_longer_than_the_cache_is_refused(length):
     assert cache.get_seq_length() == LENGTH
     assert 100 - cache.get_seq_length() == 100 - LENGTH
     assert abs(LENGTH - 1 - cache.get_seq_length()) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["phi3", "phimoe", "phi4_multimodal"])
+@pytest.mark.parametrize("given", ["config", "model", "ratio 0", "quanto"])
+def test_models_whose_rotation_switches(family, given):
+    """Phi-3 rotates otherwise from a length on: longer prompts are folded as by hand, and none is carried across it."""
+    switch, half = 40, 8
+    try:
+        config = tiny_config(family)
+    except Exception as error:
+        pytest.skip(f"this transformers cannot build it: {error}")
+    config.original_max_position_embeddings = switch
+    factors = {"short_factor": [1.0] * half, "long_factor": [2.0] * half, "rope_type": "longrope", "rope_theta": 1e4}
+    options = {"original_max_position_embeddings": switch, "partial_rotary_factor": 1.0}
+    config.rope_parameters = factors | options | {"short_mscale": 1.0, "long_mscale": 1.0}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None
+
+    def new_cache():
+        match given:
+            case "quanto":
+                return CACHES["quanto"](model)
+            case "ratio 0":
+                return MergingDynamicCache(config=model.config, compression_ratio=0)
+            case "config":
+                return MergingDynamicCache(config=model.config, merger="drop", **WINDOW)
+            case "model":
+                return MergingDynamicCache(model=model, **WINDOW)
+
+    for length in (switch - 10, switch + 20):
+        cache, ids = new_cache(), prompt(length)
+        out = greedy(model, ids, **cache_argument(cache))
+        if given == "ratio 0":
+            full = DynamicCache(config=model.config)
+            assert torch.equal(out.sequences, greedy(model, ids, **cache_argument(full)).sequences)
+            continue
+        assert cache.get_seq_length() == length + 7
+        assert 0 < cache.layers[0].num_slots < length
+        sequence, logits = by_hand(model, new_cache(), ids, 8)
+        assert torch.equal(out.sequences, sequence)
+        torch.testing.assert_close(torch.stack(out.logits), logits, rtol=1e-4, atol=1e-4)
+    for length in (switch - 2, switch):
+        cache, ids = new_cache(), prompt(length)
+        if given == "ratio 0":
+            full = DynamicCache(config=model.config)
+            expected = greedy(model, ids, **cache_argument(full)).sequences
+            assert torch.equal(greedy(model, ids, **cache_argument(cache)).sequences, expected)
+            continue
+        with pytest.raises(ValueError, match=f"rotates its keys otherwise from {switch} tokens on"):
+            greedy(model, ids, **cache_argument(cache))
+        assert cache.get_seq_length() == switch
 
 
 def test_another_batch_is_refused():
