@@ -273,7 +273,8 @@ class Fold:
     def _score_heads(self, states: LayerStates) -> Tensor:
         name = self.scorer.stage_name
         versions = _versions(states)
-        scores = self.scorer.score(states.for_stage("scorer"))
+        with torch.no_grad():  # which tokens survive has no gradient
+            scores = self.scorer.score(states.for_stage("scorer"))
         if _versions(states) != versions:
             raise ValueError(f"scorer {name} changed keys or values in place; they are the cache's own, so copy them")
         if not isinstance(scores, Tensor) or scores.shape != states.keys.shape[:3]:

@@ -38,6 +38,12 @@ def ridge_regressions(inputs: Tensor, wanted: Tensor, ridges: Sequence[float]) -
         yield weights, (level - middle @ weights.mT).squeeze(-2)
 
 
+def lengths_of(vectors: Tensor) -> Tensor:
+    """`[..., D]` to `[...]` in fp32, reckoned in that at least without a copy of the vectors."""
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    return torch.linalg.vector_norm(vectors, dim=-1, dtype=dtype).float()
+
+
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation `[..., 1, D]` of `[..., n, D]`.
 

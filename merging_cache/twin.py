@@ -36,8 +36,18 @@ def twin_of(module: torch.nn.Module, hooks_of: Iterable[str] = WIRING) -> torch.
     return _twin(module, tuple(hooks_of), twins)
 
 
+def lacks_weights(module: torch.nn.Module) -> bool:
+    """Whether some of its weights are elsewhere, and nothing brings them: torch computes with whatever is in memory."""
+    return any(
+        any(parameter.is_meta for parameter in part.parameters(recurse=False)) and not hasattr(part, "_hf_hook")
+        for part in module.modules()
+    )
+
+
 def matrix_of(layer: torch.nn.Module, like: torch.Tensor) -> torch.Tensor | None:
-    """`[width, n]` in fp32, what a linear layer multiplies by, whatever it is made of; `None` for another layer.
+    """`[width, n]` in fp32, what a linear layer multiplies by, whatever it is made of.
+
+    `None` for a layer that is no linear one, or that raises when it is tried out.
 
     A plain layer's weight says it; of others (quantized, offloaded, with active adapters) it is what they make of unit
     vectors.
@@ -48,7 +58,7 @@ def matrix_of(layer: torch.nn.Module, like: torch.Tensor) -> torch.Tensor | None
     """
     weight = getattr(layer, "weight", None)
     width = getattr(layer, "in_features", getattr(layer, "nx", None))  # the latter of transformers' Conv1D
-    if width is None:
+    if width is None or lacks_weights(layer):
         return None
     if type(layer) is torch.nn.Linear and weight.is_floating_point() and not weight.is_meta:
         if hasattr(weight, "to_local"):  # what this process has of it, where several share the layer
@@ -56,9 +66,12 @@ def matrix_of(layer: torch.nn.Module, like: torch.Tensor) -> torch.Tensor | None
         if type(weight) is torch.nn.Parameter:
             return weight.detach().float().mT
     dtype = next((one.dtype for one in layer.parameters() if one.is_floating_point() and one.itemsize > 1), like.dtype)
-    with torch.no_grad():
-        unit = torch.eye(1 + width, dtype=dtype, device=like.device)[:, 1:]  # first nothing, for the bias
-        made = twin_of(layer)(unit.unsqueeze(0))[0].float()
+    unit = torch.eye(1 + width, dtype=dtype, device=like.device)[:, 1:]  # first nothing, for the bias
+    try:
+        with torch.no_grad():
+            made = twin_of(layer)(unit.unsqueeze(0))[0].float()
+    except Exception:  # whatever it is made of
+        return None
     return made[1:] - made[:1]
 
 

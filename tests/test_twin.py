@@ -328,6 +328,7 @@ def test_the_matrix_of_a_layer(bias, dtype):
     with torch.no_grad():
         torch.testing.assert_close(matrix_of(Packed(layer.float()), like.float()), layer.weight.mT, atol=0.01, rtol=0)
     assert matrix_of(nn.ReLU(), like) is None
+    assert matrix_of(layer.to("meta"), like) is None
 
 
 # What stages do without -----------------------------------------------------------------------------------------------

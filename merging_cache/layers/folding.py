@@ -221,12 +221,12 @@ class FoldingLayer(StoredLayer):
         self.guards.check_owner(self._observed.owner)
         self.guards.check_read_again(self._asked_again is not None)
         self._shared.padding.warn_if_unknown(keys)
-        with self._in_full_precision():
+        with torch.autocast(self.device.type, enabled=False):  # gradients flow through a fold
             yield self._states(keys, values)
 
     @contextmanager
     def _in_full_precision(self) -> Iterator[None]:
-        """Scores are computed in fp32 and without gradients, whatever the model runs in."""
+        """What is observed is reckoned in fp32 and without gradients, whatever the model runs in."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             yield
 

@@ -8,8 +8,8 @@ class TokensSeen(int):
     prompt no longer than what the cache has seen that slice is silently something else, and a cache is told nothing but
     the keys that come of it. So the difference refuses to become the start of a slice.
 
-    Phi-3 and its kin rotate otherwise from a length on, and have `generate` go on without the cache, and with all tokens,
-    where that is crossed: if the tokens seen are no more than that length. So that comparison is refused, too.
+    Phi-3 and its kin rotate otherwise from a length on, and have `generate` go on without the cache, and with all
+    tokens, where that is crossed: if the tokens seen are no more than that length. So that comparison is refused, too.
 
     Args:
         count: the tokens.
@@ -26,9 +26,9 @@ class TokensSeen(int):
     def __le__(self, other: int) -> bool:
         if 0 < int(self) <= other == self.switches_at:
             raise ValueError(
-                f"This model rotates its keys otherwise from {other} tokens on, and this cache holds {int(self)} that came "
-                "before, some of them folded: they cannot be rotated again, and generate() would go on without the "
-                f"cache. Generate up to {other} tokens in all, give a prompt that is longer than that at once, or take "
+                f"This model rotates its keys otherwise from {other} tokens on, and this cache holds {int(self)} that "
+                "came before, some of them folded: they cannot be rotated again, and generate() would go on without "
+                f"the cache. Generate up to {other} tokens in all, give a prompt that is longer at once, or take "
                 "compression_ratio=0"
             )
         return int(self) <= other

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from ..linalg import lengths_of
 from ..states import DROPPED, TILE, LayerStates, Slots, Survivors, count_evicted, gather_tokens, holders_of
 from .nearest import Search
 
@@ -195,7 +196,7 @@ def nearest_survivors(
     if survivors.protected is not None:
         bias.masked_fill_(survivors.protected.flatten(0, 1), -torch.inf)
     flat = flat.float() if flat.dtype == torch.float64 else flat
-    lengths = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float32)
+    lengths = lengths_of(flat)
     scale = None
     if by_distance:
         bias -= lengths.gather(1, indices).square() / 2

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from ..linalg import lengths_of
 from ..stage import option
 from ..states import LayerStates, Slots, Survivors
 from .base import Merger
@@ -61,7 +62,7 @@ class SimilarityMerger(Merger):
         routing = nearest_survivors(states.keys, survivors, positions=states.positions, window=window)
         weight = routing.similarity.clamp_min(0.0)
         if self.value_norm_weighting:
-            norms = torch.linalg.vector_norm(states.values, dim=-1, dtype=torch.float32)
+            norms = lengths_of(states.values)
             mine = norms.gather(2, routing.evicted)
             theirs = norms.gather(2, survivors.indices).gather(2, routing.target)
             weight = weight * mine / (mine + theirs).clamp_min(torch.finfo(torch.float32).tiny)

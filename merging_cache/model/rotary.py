@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..twin import twin_of
+from ..twin import lacks_weights, twin_of
 from .attention import from_model_file, probing
 from .calling import cache_argument
 from .link import linked_model
@@ -141,6 +141,8 @@ def _find(module: torch.nn.Module, like: Tensor) -> Rotary:
         raise refusal("its frequencies change with the length of the text")
     if getattr(getattr(model, "config", None), "vision_config", None) is not None and _has_sections(module.config):
         raise refusal("tokens of an image have several positions, of which a cache is not told")
+    if lacks_weights(module):
+        raise refusal("some of its weights are elsewhere, so it cannot be tried out")
     options, sines_first = _layer_type(embedding, module), order[0] == "sin"
 
     def turned(states: Tensor, cos: Tensor, sin: Tensor, heads: int = 1) -> Tensor:

@@ -48,8 +48,8 @@ def projected_norms(states: LayerStates, order: int) -> Tensor:
     if weight is None:
         raise ValueError(
             f"{type(states.module).__name__} has no output projection that takes the values "
-            f"{tuple(states.values.shape)} of layer {states.layer_idx}; use another scorer than critical_kv, and "
-            "kvzip without plus"
+            f"{tuple(states.values.shape)} of layer {states.layer_idx}, or one that "
+            "cannot be tried out; use another scorer than critical_kv, and kvzip without plus"
         )
     (batch, heads, length), group = states.values.shape[:3], weight.shape[1]
     norms = torch.zeros((batch, heads, group, length), device=states.values.device)

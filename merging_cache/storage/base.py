@@ -1,7 +1,8 @@
 """What every storage of a layer can do. Storages know how keys and values lie in memory, and never when to fold."""
 
+import copy
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,13 @@ class Storage(ABC):
 
     Keys and values are `[B, H, S, D]`, in full precision as they are appended and read.
     """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Storage":
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        for name, value in vars(self).items():  # gradients flow through copies, too, which `deepcopy` refuses
+            vars(twin)[name] = value.clone() if isinstance(value, Tensor) else copy.deepcopy(value, memo)
+        return twin
 
     # What is stored ---------------------------------------------------------------------------------------------------
 

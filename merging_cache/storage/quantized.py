@@ -4,6 +4,7 @@ A layer over this storage folds exactly like any other; only what it stores is p
 """
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,6 +130,13 @@ class QuantizedStorage(EvenStorage):
 
     def _pack(self, keys: Tensor, values: Tensor) -> None:
         """Quantize as many tokens as fit the group size into a new segment, keep the others in the residual."""
+        if keys.requires_grad or values.requires_grad:
+            warnings.warn(
+                "gradients end where keys and values are quantized; read the prompt under torch.no_grad(), or take a "
+                "MergingDynamicCache if you need them",
+                stacklevel=2,
+            )
+            keys, values = keys.detach(), values.detach()
         backend = self.backend
         multiple = math.lcm(
             backend.token_multiple(keys.shape, backend.axis_key),
