@@ -35,10 +35,11 @@ class Lesson:
         return Lesson([one[index : index + 1] for one in self.tables])
 
     def mixed(self, other: "Lesson", weight: Tensor) -> "Lesson":
-        """With that much of another one in each row, `[B]` from 0 to 1."""
+        """With that much of another one in each row, `[B]` from 0 to 1; what is NaN says nothing."""
 
         def lerp(mine: Tensor, theirs: Tensor) -> Tensor:
-            return torch.lerp(mine, theirs, weight.to(mine.dtype).view(-1, *[1] * (mine.dim() - 1)))
+            both = torch.lerp(mine, theirs, weight.to(mine.dtype).view(-1, *[1] * (mine.dim() - 1)))
+            return torch.where(mine.isnan(), theirs, torch.where(theirs.isnan(), mine, both))
 
         return Lesson([lerp(*both) for both in zip(self.tables, other.tables, strict=True)])
 
@@ -96,7 +97,7 @@ class Learner(Stage):
         return None
 
     @abstractmethod
-    def learn(self, layers: Sequence[LayerStates], gather: Gather) -> list[Tensor]:
+    def learn(self, layers: Sequence[LayerStates], gather: Gather, different: float = 1.0) -> list[Tensor]:
         """What it makes of what one row of a batch was told.
 
         Args:
@@ -104,9 +105,10 @@ class Learner(Stage):
                 each stands in `statistics.tokens`, `[1, H, n]`.
             gather: gives numbers about heads `[N, ...]` of all processes that share the layers' heads, and which of
                 them are those that it was given.
+            different: which part of the tokens are, where the others repeat them.
 
         Returns:
-            by layer `[H, ...]`, which `states.lesson` then brings back.
+            by layer `[H, ...]`, which `states.lesson` then brings back; NaN where this row tells it nothing.
         """
 
 

@@ -109,15 +109,16 @@ def test_a_model_teaches_what_its_second_reading_says():
     model, ids, told = llama(), prompt(80), {}
 
     class Watched(ProbeScorer):
-        def learn(self, layers, gather):
+        def learn(self, layers, gather, different):
+            assert different == len(set(ids[0, middle].tolist())) / 12
             told.update(enumerate(layers))
-            return super().learn(layers, gather)
+            return super().learn(layers, gather, different)
 
     cache = MergingDynamicCache(model=model, scorer=Watched(24), budget="uniform", merger="drop", **WINDOW)
+    middle = torch.arange(40, 52)  # the later half of 24 of 80
     model(ids, **cache_argument(cache))
     full = MergingDynamicCache(model=model, compression_ratio=0)
     model(ids, **cache_argument(full))
-    middle = torch.arange(40, 52)  # the later half of 24 of 80
     for number, states in told.items():
         keys, values = full.layers[number].keys[0, :, middle], full.layers[number].values[0, :, middle]
         assert torch.equal(states.keys[0], keys)
@@ -279,6 +280,32 @@ def test_prompts_that_repeat_themselves_speak_for_themselves_only(monkeypatch):
         assert not knowing._shared.is_to_be_read_again
         lessons.append(knowing._shared.learned["scorer"].lesson.tables)
     assert all(torch.equal(*pair) for pair in zip(*lessons, strict=True))
+
+
+@torch.no_grad()
+def test_what_says_the_same_again_and_again_says_nothing():
+    """Then `keydiff` scores, as if nothing were known; in a batch only that row."""
+    model, length = llama(), 160
+    again = torch.randint(1, 3, (1, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.cat([again, prompt(length, seed=5)])
+    options = {"scorer": {"name": "probe", "probe_tokens": 48}, "budget": "uniform", "compression_ratio": 0.5}
+    together = probed(model, attention_mask=torch.ones_like(ids), **options)
+    model(ids, **cache_argument(together))
+    forget(model)
+    alone = probed(model, **options)
+    model(ids[1:], **cache_argument(alone))
+    keydiff = probed(model, **options | {"scorer": "keydiff", "recent_tokens": 5})  # a sixteenth of 80 slots
+    model(again, **cache_argument(keydiff))
+    for both, mine, theirs in zip(together.layers, keydiff.layers, alone.layers, strict=True):
+        assert torch.equal(both.positions[0], mine.positions[0])
+        assert torch.equal(both.positions[1], theirs.positions[0])
+    # a text that comes then is all that is known
+    forget(model)
+    short = again[:, :60], prompt(60, seed=5)
+    cache = probed(model, **options)
+    for piece in short:
+        model(piece, **cache_argument(cache))
+    assert not any(table.isnan().any() for table in cache._shared.learned["scorer"].lesson.tables)
 
 
 def test_a_lesson_keeps_no_graph():

@@ -66,7 +66,7 @@ class ProfileBudget(Learner, Budget):
         """
         return Profile.from_json_file(Path(self.weights) / PROFILE_FILE, layers) if self.weights else None
 
-    def learn(self, layers: Sequence[LayerStates], gather: Gather) -> list[Tensor]:
+    def learn(self, layers: Sequence[LayerStates], gather: Gather, different: float = 1.0) -> list[Tensor]:
         scores = [layer.statistics.tokens[0].cpu() for layer in layers]
         of_all, mine = gather(torch.cat(scores))
         return list(table_of(of_all)[mine].split([len(one) for one in scores]))

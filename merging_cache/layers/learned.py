@@ -48,7 +48,7 @@ class Taught:
         if not text or text in self.texts:
             return self
         texts = dict([*self.texts.items(), (text, lesson)][-MOST_TEXTS:])
-        if len(set(text)) < LEAST_DIFFERENT * len(text):
+        if different(text) < LEAST_DIFFERENT:
             return replace(self, texts=texts)
         new = max(counted(text, self.words), len(text) / 16)
         worth = self.worth + new
@@ -59,6 +59,11 @@ class Taught:
 def counted(row: Sequence[float], known: frozenset[float] = frozenset()) -> int:
     """How many tokens of a row count: every new one for two, since in a text about every other token is different."""
     return min(len(row), 2 * len(set(row) - known))
+
+
+def different(row: Sequence[float]) -> float:
+    """Which part of the tokens of a row are; the others repeat them."""
+    return len(set(row)) / max(1, len(row))
 
 
 class Learned:
@@ -126,7 +131,10 @@ class Learned:
         if all(mine in taught.texts for mine in words):
             found = Lesson.of_rows([taught.texts[mine] for mine in words])
         else:
-            rows = [self.stage.learn(list(of_row), self._gather) for of_row in zip(*told, strict=True)]
+            rows = [
+                self.stage.learn(list(of_row), self._gather, different(mine))
+                for of_row, mine in zip(zip(*told, strict=True), words, strict=True)
+            ]
             found = Lesson([torch.stack(tables).cpu() for tables in zip(*rows, strict=True)])
         new = torch.tensor([counted(mine) for mine in words], dtype=torch.double)
         if not self.is_settled:

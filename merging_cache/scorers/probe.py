@@ -15,6 +15,7 @@ from .keydiff import KeyDiffScorer
 
 LEAST = 1e-8  # the smallest change that is told from none
 RIDGE = 1.0  # added to the variance of each standardized input
+LEAST_DIFFERENT = 1 / 8  # of the tokens that it learns from
 STEP = 2**-10  # to which scores are rounded
 
 
@@ -28,7 +29,8 @@ class ProbeScorer(Learner, Scorer):
     standardized keys and values. So the score, log s (to 2^-10), is what a second reading would say, at the price of a
     product.
     KVzap (arXiv:2601.07891) does the same with hidden states and much text; here nothing has to be trained before. As
-    long as nothing is known, without the model to read again, it is that of `keydiff`.
+    long as nothing is known, without the model to read again or from prompts that say the same again and again, the
+    score is that of `keydiff`.
 
     Args:
         probe_tokens: how many tokens of the first prompts are read again. Where all layers see all tokens and none was
@@ -54,11 +56,14 @@ class ProbeScorer(Learner, Scorer):
 
     probe_tokens: int = option(320, minimum=1)
 
-    def learn(self, layers: Sequence[LayerStates], gather: Gather) -> list[Tensor]:
-        return [fitted(torch.cat(inputs(layer), dim=-1)[0], layer.statistics.tokens[0]) for layer in layers]
+    def learn(self, layers: Sequence[LayerStates], gather: Gather, different: float = 1.0) -> list[Tensor]:
+        found = [fitted(torch.cat(inputs(layer), dim=-1)[0], layer.statistics.tokens[0]) for layer in layers]
+        # what few tokens say, again and again, does not even hold for the rest of their own prompt
+        return found if different >= LEAST_DIFFERENT else [torch.full_like(one, torch.nan) for one in found]
 
     def score(self, states: LayerStates) -> Tensor:
-        if states.lesson is None:
+        silent = None if states.lesson is None else states.lesson.isnan().any(dim=2).any(dim=1)  # [B or 1]
+        if silent is None or silent.all():
             return KeyDiffScorer().score(states)
         weights = states.lesson.to(states.keys.device)
         weights = weights.expand(len(states.keys), -1, -1)
@@ -69,7 +74,10 @@ class ProbeScorer(Learner, Scorer):
         parts = (inputs(states, slice(first, first + step)) for first in range(0, length, step))
         scores = [keys @ of_keys + values @ of_values for keys, values in parts]
         # in the first layer equal tokens are equal but for rounding: so that ties are ties
-        return ((torch.cat(scores, dim=2) + constant).squeeze(-1) / STEP).round() * STEP
+        scores = ((torch.cat(scores, dim=2) + constant).squeeze(-1) / STEP).round() * STEP
+        if silent.any():
+            scores = torch.where(silent.view(-1, 1, 1).to(scores.device), KeyDiffScorer().score(states), scores)
+        return scores
 
 
 def inputs(states: LayerStates, part: slice = slice(None)) -> tuple[Tensor, Tensor]:
