@@ -24,15 +24,16 @@ from .layers import (
     SecondReading,
     Shared,
     TokensSeen,
+    check_histories,
 )
 from .model import (
     Link,
     can_link,
     can_reread,
+    check_fixable,
     check_rereadable,
     check_supported,
     config_of,
-    reads_stored_keys,
     takes_masks,
     tensor_parallel_group,
 )
@@ -132,7 +133,6 @@ class MergingDynamicCache(DynamicCache):
                     "would be wrong.",
                     stacklevel=3 if type(self) is not MergingDynamicCache else 2,
                 )
-            self.layer_class_to_replicate = self._next_layer
             return
         for rank, index in enumerate(folding):
             self.layers[index] = self._folding(self.layers[index], index, (rank, len(folding)))
@@ -153,6 +153,21 @@ class MergingDynamicCache(DynamicCache):
         if type(layer) is HybridLayer:
             return MergingHybridLayer(self._shared, index, rank, number_of_states=layer.number_of_states)
         return MergingLayer(self._shared, index, rank)
+
+    @property
+    def layer_class_to_replicate(self) -> Callable[[], MergingLayer] | None:
+        """What makes the layers that are not known beforehand: without a config all of them."""
+        return self._next_layer if self._config is None else None
+
+    @layer_class_to_replicate.setter
+    def layer_class_to_replicate(self, given: Any) -> None:
+        pass  # it is no attribute: with its own method in it the cache would keep itself alive
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Store the keys and values of a pass in a layer, see `MergingLayer.update`."""
+        if layer_idx == 0:
+            check_histories([layer.seen for layer in self.folding_layers])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _next_layer(self) -> MergingLayer:
         layer = MergingLayer(self._shared, len(self.layers))
@@ -278,11 +293,7 @@ class MergingDynamicCache(DynamicCache):
             (torch.Size([1, 72]), 40)
         """
         check_number("max_new_tokens", max_new_tokens, int, minimum=1)
-        if self._config is not None and reads_stored_keys(self._config):
-            raise ValueError(
-                f"{self._config.model_type} reads stored keys by itself, room that is left included, so its cache "
-                "cannot be fixed; go on with this one"
-            )
+        check_fixable(self._config)
         return FixedCache(self.layers, max_new_tokens)
 
     def report(self) -> CacheReport:

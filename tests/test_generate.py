@@ -1,6 +1,9 @@
 """Every way `generate` can run, each equal to a reference: transformers' cache, ours fed by hand, or rows alone."""
 
 import copy
+import gc
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -603,6 +606,62 @@ def test_models_whose_rotation_switches(family, given):
         with pytest.raises(ValueError, match=f"rotates its keys otherwise from {switch} tokens on"):
             greedy(model, ids, **cache_argument(cache))
         assert cache.get_seq_length() == switch
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("how", [KeyboardInterrupt, MemoryError])
+def test_a_pass_that_stops_halfway_is_not_gone_on_with(kind, how):
+    model, ids = llama(), prompt(LENGTH)
+    cache = CACHES[kind](model)
+    expected = greedy(model, ids, **cache_argument(CACHES[kind](model))).sequences
+
+    def stop(*_):
+        raise how
+
+    model(ids, **cache_argument(cache))
+    hook = model.model.layers[1].register_forward_pre_hook(stop)
+    with pytest.raises(how):
+        model(prompt(1), **cache_argument(cache))
+    hook.remove()
+    with pytest.raises(ValueError, match="stopped halfway"):
+        model(prompt(1), **cache_argument(cache))
+    cache.reset()
+    assert torch.equal(greedy(model, ids, **cache_argument(cache)).sequences, expected)
+
+
+def test_a_cache_goes_when_nobody_has_it():
+    """With a config or without; no collector has to find it."""
+    gc.disable()
+    try:
+        for config in (llama().config, None):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                cache = MergingDynamicCache(config=config, compression_ratio=0.5)
+            cache.update(torch.randn(1, 2, 60, 16), torch.randn(1, 2, 60, 16), 0)
+            gone = weakref.ref(cache)
+            del cache
+            assert gone() is None
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def test_a_mask_narrower_than_the_first_pass():
+    """Soft prompts before padded rows: the attention's own mask knows better, and where that is not seen it is said."""
+    model = llama()
+    padded, soft = left_padded([20, 44]), torch.randn(2, 5, 64)
+    embeds = torch.cat([soft, model.get_input_embeddings()(padded["input_ids"])], dim=1)
+    mask = torch.cat([torch.ones(2, 5, dtype=torch.long), padded["attention_mask"]], dim=1)
+    options = {"merger": "drop", "compression_ratio": 0.5, **WINDOW}
+    told, known = (MergingDynamicCache(model=model, **options) for _ in range(2))
+    told.attention_mask = padded["attention_mask"]
+    for cache in (told, known):
+        model(inputs_embeds=embeds, attention_mask=mask, **cache_argument(cache))
+    assert_same_cache(told, known)
+    cache = MergingDynamicCache(config=model.config, attention_mask=padded["attention_mask"], **options)
+    with pytest.raises(ValueError, match="attention_mask is of 44 tokens, but the first pass has 49"):
+        model(inputs_embeds=embeds, attention_mask=mask, **cache_argument(cache))
 
 
 def test_another_batch_is_refused():

@@ -9,17 +9,21 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
     DynamicCache,
     EncoderDecoderCache,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from architectures import tiny_config
 from merging_cache import SCORERS, MergingDynamicCache, merging_attention
 from merging_cache.model import CACHE_ARGUMENT, cache_argument
 from merging_cache.model.link import is_linked
-from models import WINDOW, assert_same_cache, greedy, llama, prompt, tiny_model
+from models import WINDOW, SameInAllHeads, assert_same_cache, greedy, llama, prompt, tiny_model
 from test_architectures import LENGTH, hiding
 
 # Encoder-decoder models -----------------------------------------------------------------------------------------------
@@ -87,6 +91,49 @@ def test_decoders_fold_what_they_attend_to_among_themselves(family, options):
     with hiding(model, hidden):
         _, expected = run(DynamicCache())
     torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [5, 20])  # of what the decoder reads; the encoder reads 20
+def test_what_an_encoder_has_read_is_refused(length):
+    model, given = encoder_decoder("bart")
+    cache = MergingDynamicCache(model=model, scorer="snapkv", merger="mass", **WINDOW)
+    both = EncoderDecoderCache(DynamicCache(config=model.config), cache)
+    with pytest.raises(ValueError, match="holds what an encoder has read"):
+        model(**given, decoder_input_ids=prompt(length), **{CACHE_ARGUMENT: both})
+
+
+# Attention functions of users -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{"merger": "mass"}, {"merger": "drop"}, {"merger": "mass", "budget": "uniform"}])
+def test_own_attention_functions_are_called(options):
+    """With the mask that fits the slots: what is twice as sharp is so after a fold, too."""
+    calls, name = [], "sharp"
+
+    def sharp(module, query, key, value, attention_mask, **given):
+        calls.append(key.shape[2])
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query * 2, key, value, attention_mask, **given)
+
+    AttentionInterface.register(name, sharp)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model, other = llama(), llama()
+    model.set_attn_implementation(name)
+    for layer in other.model.layers:  # the same in sdpa's own
+        layer.self_attn.scaling *= 2
+    stages = {"scorer": SameInAllHeads(), "budget": "adakv"} | options
+    logits = []
+    for one in (model, other):
+        cache = MergingDynamicCache(model=one, **stages, **WINDOW)
+        one(prompt(60), **cache_argument(cache))
+        calls.clear()
+        logits.append(torch.cat([one(prompt(n, seed=n), **cache_argument(cache)).logits for n in (1, 4)], dim=1))
+        if one is model:
+            assert len(calls) == 4
+    # the merger's weights are by queries as they were given
+    if options["merger"] == "drop":
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
 # Who holds it ---------------------------------------------------------------------------------------------------------

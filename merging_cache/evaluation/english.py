@@ -184,7 +184,8 @@ class English(Wording):
     def _file(self, name: str) -> Path:
         if not self.has(name):
             raise ValueError(
-                f"a task needs the file {name}, which cannot ship with this package; give its path ({name}=...)"
+                f"{'qa_1' if name == 'squad' else 'qa_2'} asks about the file {name}, which cannot ship with this "
+                f"package; give its path ({name}=..., --{name}), or other tasks"
             )
         return self.files[name]
 

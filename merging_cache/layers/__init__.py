@@ -2,6 +2,7 @@
 
 from .again import KnownReadings, SecondReading
 from .fixed import FixedCache
+from .guards import check_histories
 from .hybrid import HybridLayer, MergingHybridLayer, linear_attention_state
 from .joint import JointFold
 from .learned import Learned
@@ -22,5 +23,6 @@ __all__ = [
     "SecondReading",
     "Shared",
     "TokensSeen",
+    "check_histories",
     "linear_attention_state",
 ]

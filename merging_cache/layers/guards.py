@@ -4,8 +4,10 @@ Knows what a layer was given; changes nothing.
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -15,6 +17,17 @@ from .stored import Shape
 
 # up to transformers 5.14 a positive argument of `crop` was the length to crop to; since, only negative ones are allowed
 CROP_TAKES_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
+
+
+def check_histories(seen: Sequence[int]) -> None:
+    """Refuse to go on where an earlier pass stopped halfway: layers have seen different numbers of tokens."""
+    different = {count for count in seen if count}
+    if len(different) > 1:
+        raise ValueError(
+            "an earlier pass stopped halfway (interrupted, out of memory, or a hook raised): some layers of this cache "
+            f"have seen {max(different)} tokens and others {min(different)}, so what comes next would be wrong. Call "
+            "cache.reset(), and read the whole text again"
+        )
 
 
 @dataclass(frozen=True)
@@ -69,12 +82,30 @@ class Guards:
         if link.needed:
             stages = [stage for stage in self.shared.fold.stages.values() if stage.needs_attention]
             names = " and ".join(stage.stage_name for stage in stages)
+            way_out = (
+                f"Give the cache the model, {link.cache_name}(model=model, ...), or generate inside "
+                "`with merging_attention(model):`"
+            )
+            if link.was_given_model:
+                way_out = (
+                    "The cache was given the model, but was released since, or the model's attention implementation "
+                    "was changed, or another model ran, or one whose attention does not go through transformers' "
+                    "interface: make a new cache, or choose stages that need keys and values only, such as "
+                    "scorer='keydiff' and budget='uniform'"
+                )
             raise ValueError(
-                f"{names} must see the attention of {link.model_name}, but layer {self.layer_idx} was told of "
-                f"none. Give the cache the model, {link.cache_name}(model=model, ...), not released before, or "
-                "generate inside `with merging_attention(model):`. If you did, this model's attention does not go "
-                "through transformers' attention interface (or its attention implementation was changed since): choose "
-                "stages that need keys and values only, such as scorer='keydiff' and budget='uniform'"
+                f"{names} must see the attention of {link.model_name}, but layer {self.layer_idx} was told of none. "
+                f"{way_out}"
+            )
+
+    def check_attends_to_itself(self, num_queries: int, new: int, module: torch.nn.Module) -> None:
+        """Refuse to observe an attention to what an encoder has read."""
+        has_encoder = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+        if num_queries != new or (has_encoder and not getattr(module, "is_causal", True)):
+            raise ValueError(
+                f"layer {self.layer_idx} holds what an encoder has read, to which {type(module).__name__} attends with "
+                f"{num_queries} queries to {new} tokens; only what a decoder has read itself can be folded: "
+                f"EncoderDecoderCache({self.shared.link.cache_name}(model=model, ...), DynamicCache())"
             )
 
     def check_hidden_states(self, hidden_states: Tensor | None) -> None:

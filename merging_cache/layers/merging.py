@@ -23,7 +23,8 @@ class MergingLayer(FoldingLayer):
         self.record_past = False
         self._drafting = False  # a recorded prompt was cropped, so what comes next are drafts and not a prompt
         self._awaits_attention = False  # of the last pass
-        self._prompt: tuple[Tensor, Tensor] | None = None  # keys and values of a pass whose attention is to be observed
+        # keys and values stored after a pass whose attention is to be observed, and how many tokens it had
+        self._prompt: tuple[Tensor, Tensor, int] | None = None
 
     # Growing ----------------------------------------------------------------------------------------------------------
 
@@ -39,9 +40,11 @@ class MergingLayer(FoldingLayer):
         """
         config, fold = self._shared.config, self._shared.fold
         self.guards.check_pass(key_states, value_states, self.shape if self.num_stored else None, self.seen)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
+        if not self.is_initialized:
+            if not self._shared.link.expected:
+                self._shared.padding.check_width(new)
+            self.lazy_initialization(key_states, value_states)
         self._miss_attention()
         if self.folds_before(new):
             self.fold_if_due()
@@ -56,7 +59,7 @@ class MergingLayer(FoldingLayer):
         is_observed = is_prompt and self._shared.link.expected
         if is_observed or self._has_fitted_slots:
             self._awaits_attention = True
-            self._prompt = (keys, values) if is_observed else None
+            self._prompt = (keys, values, new) if is_observed else None
             Pass(self, self.layer_idx, keys.shape[2], *self.fitted_slots()).announce(keys)
         if not is_observed:
             self._end_pass(new, keys, values, self._observed)
@@ -84,7 +87,8 @@ class MergingLayer(FoldingLayer):
         prompt, self._prompt, self._awaits_attention = self._prompt, None, False
         if prompt is None:
             return
-        (keys, values), fold, new = prompt, self._shared.fold, query.shape[2]
+        (keys, values, told), fold, new = prompt, self._shared.fold, query.shape[2]
+        self.guards.check_attends_to_itself(new, told, module)
         before = copy.copy(self._observed)
         self.guards.check_attended_heads(key.shape[1], keys.shape[1])
         padding = None if visible is None else ~visible[:, -new:]

@@ -61,7 +61,9 @@ class Padding:
             batch: B.
         """
         if self._told:
-            return
+            if first or padding is None or self._mask is None or self._mask.shape[1] >= padding.shape[1]:
+                return
+            self._mask, self._told = None, False  # something came before what it is of: the attention knows better
         self._known = True
         padding = None if padding is None else padding.expand(batch, -1)
         if padding is None or not padding.any():
@@ -73,6 +75,15 @@ class Padding:
             mask = self._for_batch(batch).to(padding.device)[:, :first]
             before[:, : mask.shape[1]] = mask
         self._mask = torch.cat([before, padding], dim=1)
+
+    def check_width(self, new: int) -> None:
+        """Refuse a mask that is narrower than the first pass, of `new` tokens, where no attention knows better."""
+        if self._mask is not None and self._mask.shape[1] < new:
+            raise ValueError(
+                f"attention_mask is of {self._mask.shape[1]} tokens, but the first pass has {new}, so it is not known "
+                "which of them are padding (soft prompts come before the tokens, say). Give a mask that is as wide as "
+                "the pass, or the cache the model: model=model"
+            )
 
     def row_positions(self, positions: Tensor) -> Tensor:
         """Positions `[B, ..., L]` in the padded sequence to positions in the row alone; padding gets negative ones."""

@@ -8,6 +8,7 @@ from .parallel import tensor_parallel_group
 from .rotary import NoRotaryError, Rotary, rotary_of
 from .support import (
     can_reread,
+    check_fixable,
     check_rereadable,
     check_supported,
     config_of,
@@ -28,6 +29,7 @@ __all__ = [
     "cache_argument",
     "can_link",
     "can_reread",
+    "check_fixable",
     "check_rereadable",
     "check_supported",
     "config_of",

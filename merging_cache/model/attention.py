@@ -288,9 +288,9 @@ def _of_queries(argument: Any, part: slice, num_queries: int) -> Any:
 
 def _for_mask(implementation: str, kwargs: dict[str, Any]) -> str:
     """The implementation for a mask of our own, that adds to the logits of each head."""
-    if implementation in ("sdpa", "eager"):
+    # flash attention takes no such mask, flex attention the same one for all heads; what users have registered does
+    if "flash" not in implementation and "flex" not in implementation:
         return implementation
-    # flash attention takes no such mask, flex attention the same one for all heads
     capped = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
     return "eager" if capped else "sdpa"
 

@@ -67,6 +67,19 @@ def reads_stored_keys(config: PreTrainedConfig) -> bool:
     return getattr(config, "recurrent_kv_cache_mode", None) == "last_loop"
 
 
+def check_fixable(config: PreTrainedConfig | None) -> None:
+    """Refuse to leave room behind what a layer stores, where the model would read it.
+
+    Raises:
+        ValueError: if it would.
+    """
+    if config is not None and reads_stored_keys(config):
+        raise ValueError(
+            f"{config.model_type} reads stored keys by itself, room that is left included, so its cache cannot be "
+            "fixed; go on with this one"
+        )
+
+
 def check_supported(
     config: PreTrainedConfig, layers: Iterable[int], merges_values: bool, fits_masks: bool, folds_late: bool
 ) -> None:
