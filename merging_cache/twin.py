@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 # whose hooks bring a module its weights and its inputs, from other devices or processes
-WIRING = ("accelerate", "deepspeed", "torch.distributed", "transformers.integrations")
+WIRING = ("accelerate", "deepspeed", "torch.distributed", "transformers.distributed", "transformers.integrations")
 # whose hooks tell attention functions their input, and adapters which rows are theirs
 OWN, OF_ROWS = __package__, "peft"
 
@@ -17,12 +17,12 @@ OWN, OF_ROWS = __package__, "peft"
 def twin_of(module: torch.nn.Module, hooks_of: Iterable[str] = WIRING) -> torch.nn.Module:
     """The same modules over the same weights, to be called once: nothing that watches the module takes notice of it.
 
-    Its hooks are left out but for those of some libraries, and so is a `forward` that was put in place of the class's;
+    Its hooks are left out but for those of some libraries, and so is what others put in place of the class's `forward`;
     it is not in training, so draws no random numbers; and what it keeps of a call, it keeps to itself.
 
     Args:
         module: it may have its weights offloaded by accelerate.
-        hooks_of: the packages whose hooks stay.
+        hooks_of: the packages whose hooks stay, and what they put in place of a `forward`.
 
     Example:
         >>> import torch
@@ -84,15 +84,17 @@ def _twin(module: torch.nn.Module, hooks_of: tuple[str, ...], twins: dict[int, t
     own["_modules"] = {
         name: None if child is None else _twin(child, hooks_of, twins) for name, child in module._modules.items()
     }
-    own.pop("forward", None)
+    forward = own.pop("forward", None)
+    if forward is None or "_hf_hook" in own or not _package_of(forward).startswith(hooks_of):
+        forward = type(twin).forward.__get__(twin)
     # what torch calls in place of a forward and all hooks, those that were registered for every module included
-    own["_compiled_call_impl"] = _call_of(twin, hooks_of)
+    own["_compiled_call_impl"] = _call_of(twin, forward, hooks_of)
     return twin
 
 
-def _call_of(twin: torch.nn.Module, hooks_of: tuple[str, ...]) -> Callable[..., Any]:
-    """The forward of its class between what some hooks, and accelerate, do before and after it."""
-    forward, wiring = type(twin).forward.__get__(twin), vars(twin).get("_hf_hook")
+def _call_of(twin: torch.nn.Module, forward: Callable[..., Any], hooks_of: tuple[str, ...]) -> Callable[..., Any]:
+    """A forward between what some hooks, and accelerate, do before and after it."""
+    wiring = vars(twin).get("_hf_hook")
     before, after = (
         [
             (hook, key in getattr(twin, f"{kind}_with_kwargs"))

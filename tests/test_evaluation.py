@@ -326,7 +326,7 @@ def test_tensor_parallel_gives_what_one_process_gives(tmp_path):
     for key, row in found.items():
         near = {"rel": 1e-3, "abs": 1e-4}
         if "profile" in str(key):  # each process rounds the slots of its own heads
-            near = {"rel": 0.02, "abs": 0.02}
+            near = {"rel": 0.03, "abs": 0.03}
         for name, value in row.items():
             alone = expected[key][name]
             assert value == (alone if name == "prediction" else pytest.approx(alone, **near))

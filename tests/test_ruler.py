@@ -337,7 +337,7 @@ def test_too_short_and_too_long_contexts_are_refused(english, count_tokens):
 @pytest.mark.parametrize(("name", "material"), [("qa_1", "squad"), ("qa_2", "hotpotqa")])
 def test_missing_material_is_named(name, material, tmp_path):
     assert RULER[name].needs == material
-    with pytest.raises(ValueError, match=f"needs the file {material}"):
+    with pytest.raises(ValueError, match=f"{name} asks about the file {material}"):
         fit(name, English(), count_words, 2048)
     broken = tmp_path / "broken"
     broken.write_text('{"data": [1]}')
