@@ -324,11 +324,10 @@ def test_tensor_parallel_gives_what_one_process_gives(tmp_path):
     expected, found = measured(alone), by_example(read_lines(tmp_path)[1:])
     assert found.keys() == expected.keys()
     for key, row in found.items():
-        near = {"rel": 1e-3, "abs": 1e-4}
-        if "profile" in str(key):  # each process rounds the slots of its own heads
-            near = {"rel": 0.03, "abs": 0.03}
         for name, value in row.items():
-            alone = expected[key][name]
+            alone, near = expected[key][name], {"rel": 1e-3, "abs": 1e-4}
+            if "profile" in str(key):  # each process rounds the slots of its own heads, and a slot takes several in
+                near = {"rel": 0.02, "abs": 2.0 if name in ("merged", "dropped") else 0.02}
             assert value == (alone if name == "prediction" else pytest.approx(alone, **near))
 
 
