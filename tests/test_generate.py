@@ -664,6 +664,32 @@ def test_a_mask_narrower_than_the_first_pass():
         model(inputs_embeds=embeds, attention_mask=mask, **cache_argument(cache))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_generate_hands_the_model_what_it_hands_with_a_plain_cache(kind, rows):
+    """The same arguments of the same kinds, masks of two dimensions: a wrapper that reads them sees nothing else."""
+    model = llama()
+    inputs, handed = left_padded([40, 30][:rows]), []
+
+    def note(_, args, kwargs):
+        handed.append(
+            [
+                (name, type(value).__name__, value.dim() if isinstance(value, torch.Tensor) else None)
+                for name, value in sorted(kwargs.items())
+                if name != CACHE_ARGUMENT
+            ]
+        )
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    for cache in (DynamicCache(config=model.config), CACHES[kind](model, attention_mask=inputs["attention_mask"])):
+        greedy(model, inputs, **cache_argument(cache))
+        assert not cache.is_compileable
+    hook.remove()
+    plain, ours = handed[: len(handed) // 2], handed[len(handed) // 2 :]
+    assert ours == plain
+
+
 def test_another_batch_is_refused():
     model = llama()
     cache = CACHES["dynamic"](model, compression_ratio=0.5)
