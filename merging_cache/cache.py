@@ -227,6 +227,7 @@ class MergingDynamicCache(DynamicCache):
     def fold(self) -> "MergingDynamicCache":
         """Fold now what waits for its fold, as prompts do with `fold_at="decode"`; returns the cache."""
         shared, layers = self._shared, self.folding_layers
+        check_histories([layer.seen for layer in layers])
         decoder, due = shared.link.decoder if shared.is_to_be_read_again else None, None
         if decoder is not None and any(layer.fold_is_due for layer in layers):
             for layer in layers:
@@ -265,18 +266,16 @@ class MergingDynamicCache(DynamicCache):
     def fixed(self, max_new_tokens: int) -> FixedCache:
         """What this cache holds, with room for `max_new_tokens` and no more, for decoding that is compiled.
 
-        Nothing grows then, so that one graph runs for every token (up to two more where sliding windows get full), in
-        `generate` or by `torch.compile`. A fold that is due is done first, on this cache, which is otherwise left
-        alone: the other has a copy. To go on in several ways, repeat the rows before: `batch_repeat_interleave`.
+        Nothing grows then, so that one graph runs for every token (two more where sliding windows get full). A fold
+        that is due is done first, on this cache, which is otherwise left alone: the other has a copy. To go on in
+        several ways, repeat the rows before: `batch_repeat_interleave`.
 
         Args:
-            max_new_tokens: those that `generate` is asked for, where the last token of the prompt is not yet in this
-                cache, as in the example.
+            max_new_tokens: those `generate` is asked for, if the prompt's last token is not yet in this cache.
 
         Raises:
-            ValueError: for an empty cache; where heads differ or slots have mass, which only the linked attention can
-                read; for layers that keep a linear-attention state, quantized ones, and models that read stored keys
-                by themselves (Dory's `last_loop`).
+            ValueError: for an empty cache; where heads differ or slots have mass, which only the linked attention
+                reads; for linear-attention states, quantized layers, and models that read stored keys (Dory).
 
         Example:
             >>> import torch
@@ -294,6 +293,7 @@ class MergingDynamicCache(DynamicCache):
         """
         check_number("max_new_tokens", max_new_tokens, int, minimum=1)
         check_fixable(self._config)
+        check_histories([layer.seen for layer in self.folding_layers])
         return FixedCache(self.layers, max_new_tokens)
 
     def report(self) -> CacheReport:

@@ -624,8 +624,16 @@ def test_a_pass_that_stops_halfway_is_not_gone_on_with(kind, how):
     with pytest.raises(how):
         model(prompt(1), **cache_argument(cache))
     hook.remove()
+    for go_on in (lambda: model(prompt(1), **cache_argument(cache)), cache.fold, lambda: cache.fixed(4)):
+        with pytest.raises(ValueError, match="stopped halfway|a quantized cache cannot be fixed"):
+            go_on()
+    cache.reset()
+    hook = model.model.layers[1].register_forward_pre_hook(stop)
+    with pytest.raises(how):
+        model(ids, **cache_argument(cache))
+    hook.remove()
     with pytest.raises(ValueError, match="stopped halfway"):
-        model(prompt(1), **cache_argument(cache))
+        model(ids, **cache_argument(cache))
     cache.reset()
     assert torch.equal(greedy(model, ids, **cache_argument(cache)).sequences, expected)
 

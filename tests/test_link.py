@@ -1,8 +1,10 @@
 """The link to a model: who holds it, until when, and that it is the model's own decoder that is linked."""
 
+import contextlib
 import copy
 import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -254,3 +256,57 @@ def test_what_nobody_holds_any_more_goes_with_the_next_release():
     gc.collect()
     kept.release()
     assert not any(is_linked(model.config) for model in models)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["deepcopy", "saved"])
+def test_what_is_copied_or_saved_of_a_linked_model_is_not_linked(how, tmp_path):
+    """Hooks that came along do nothing, so that the copy is linked as any other model."""
+    model, fresh = llama(), llama()
+    held = MergingDynamicCache(model=model, compression_ratio=0.5), linked_cache(model, scorer="kvzip")
+    if how == "deepcopy":
+        copied = copy.deepcopy(model)
+    else:
+        torch.save(model, tmp_path / "model.pt")
+        copied = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert not is_linked(copied.config)
+    pieces = prompt(60), prompt(20, seed=7), prompt(1, seed=8)
+    caches = [MergingDynamicCache(model=one, compression_ratio=0.5) for one in (copied, fresh)]
+    for piece in pieces:
+        outputs = [
+            one(piece, **cache_argument(cache)).logits for one, cache in zip((copied, fresh), caches, strict=True)
+        ]
+        assert torch.equal(*outputs)
+    assert_same_cache(*caches)
+    for cache in held:
+        cache.release()
+
+
+def test_a_block_may_end_elsewhere_than_it_began():
+    model, stack = llama(), contextlib.ExitStack()
+    thread = threading.Thread(target=lambda: stack.enter_context(merging_attention(model)))
+    thread.start()
+    thread.join()
+    assert is_linked(model.config)
+    stack.close()
+    assert not is_linked(model.config)
+    with merging_attention(model), merging_attention(model):
+        assert is_linked(model.config)
+    assert not is_linked(model.config)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [{}, {"scorer": "kvzip"}, {"scorer": "leave_one_out", "merger": "drop"}])
+def test_what_a_cache_stored_goes_with_it(options):
+    """Whatever was read again, and though the model stays; no collector has to find it."""
+    model = llama()
+    gc.collect()
+    gc.disable()
+    try:
+        cache = MergingDynamicCache(model=model, compression_ratio=0.5, **options)
+        greedy(model, prompt(60), new_tokens=2, **cache_argument(cache))
+        gone = [weakref.ref(one) for one in (cache, *cache.layers, cache._shared.link)]
+        del cache
+        assert not [one for one in gone if one() is not None]
+    finally:
+        gc.enable()

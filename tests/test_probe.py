@@ -180,6 +180,13 @@ def test_the_same_prompt_again_is_not_read_again(monkeypatch):
         model(rows, **cache_argument(cache))
     assert read == [80, 24, 80, 80, 24]
     assert_same_cache(caches[1], caches[0])
+    forget(model)
+    read.clear()
+    batches = [probed(model, attention_mask=torch.ones_like(ids), budget="uniform") for _ in range(3)]
+    for cache, rows in zip(batches, (ids, ids, ids.flip(0)), strict=True):
+        model(rows, **cache_argument(cache))
+    assert read == [80, 24, 80, 80]
+    assert_same_cache(batches[1], batches[0])
     assert not any(layer._observed.remembered for layer in caches[1].folding_layers)
 
 

@@ -21,7 +21,7 @@ CROP_TAKES_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).paramet
 
 def check_histories(seen: Sequence[int]) -> None:
     """Refuse to go on where an earlier pass stopped halfway: layers have seen different numbers of tokens."""
-    different = {count for count in seen if count}
+    different = set(seen)
     if len(different) > 1:
         raise ValueError(
             "an earlier pass stopped halfway (interrupted, out of memory, or a hook raised): some layers of this cache "

@@ -45,15 +45,18 @@ class Taught:
         token that comes again and again it says what holds for no text; nor does the very same prompt again, as where a
         model is warmed up or asked whether it lives.
         """
-        if not text or text in self.texts:
+        if different(text) < LEAST_DIFFERENT or text in self.texts:
             return self
-        texts = dict([*self.texts.items(), (text, lesson)][-MOST_TEXTS:])
-        if different(text) < LEAST_DIFFERENT:
-            return replace(self, texts=texts)
         new = max(counted(text, self.words), len(text) / 16)
         worth = self.worth + new
         mixed = lesson if self.lesson is None else self.lesson.mixed(lesson, torch.tensor([new / worth]))
-        return Taught(mixed, self.words | frozenset(text), worth, texts)
+        return replace(self, lesson=mixed, words=self.words | frozenset(text), worth=worth)
+
+    def and_recalling(self, rows: Lesson, texts: Sequence[tuple[float, ...]]) -> "Taught":
+        """Remembering what the rows of a batch tell."""
+        new = {text: rows.row(number) for number, text in enumerate(texts) if text and text not in self.texts}
+        most = max(MOST_TEXTS, len(texts))
+        return replace(self, texts=dict([*self.texts.items(), *new.items()][-most:]))
 
 
 def counted(row: Sequence[float], known: frozenset[float] = frozenset()) -> int:
@@ -140,7 +143,7 @@ class Learned:
         if not self.is_settled:
             self._tell(found, new)
         row = int(new.argmax())
-        self._memory[repr(self.stage)] = taught.and_by(found.row(row), words[row])
+        self._memory[repr(self.stage)] = taught.and_by(found.row(row), words[row]).and_recalling(found, words)
 
     def _tell(self, found: Lesson, new: Tensor) -> None:
         """Go by what each row was told, too, of so many new tokens `[B]`."""

@@ -199,7 +199,8 @@ def register(implementation: str) -> LinkedName:
             return _run(implementation, module, query, key, value, attention_mask, *args, **kwargs)
         mask = announced.mask(attention_mask, query, key.shape[2])
         if announced.shows_weights:
-            shown = announced.layer.watch(key=key, hidden_states=hidden_states)
+            layer, announced.layer = announced.layer, None  # or the keys would keep it, and it the keys
+            shown = layer.watch(key=key, hidden_states=hidden_states)
             return _show_weights(shown, module, query, key, value, mask, *args, **kwargs)
         run_as = implementation if mask is attention_mask else _for_mask(implementation, kwargs)
         output = _run(run_as, module, query, key, value, mask, *args, **kwargs)

@@ -7,32 +7,31 @@ nothing of layers.
 
 import functools
 import inspect
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from .attention import LinkedName, forget_hidden_states, keep_hidden_states, register
+from .attention import LinkedName, keep_hidden_states, register
+from .holding import OwnHook, hold, hold_also, let_go, removal_of
 from .parallel import summed, tensor_parallel_group
 
 _memories: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a decoder to what its model's caches have found out about it
 _linked: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()  # models that were linked, and their decoders
 # the blocks that this thread of execution is in: the config of a decoder, and who holds it
-_blocks: ContextVar[tuple[tuple[PreTrainedConfig, object], ...]] = ContextVar("merging_attention", default=())
+_blocks: ContextVar[tuple[tuple[PreTrainedConfig, "Block"], ...]] = ContextVar("merging_attention", default=())
 
 
 def forget(model: torch.nn.Module) -> None:
-    """Forget what a model's prompts have taught its caches, after its weights were changed, say.
+    """Forget what a model's prompts have taught its caches: after its weights were changed, or another adapter chosen.
 
     By default (`scorer="probe"`, `budget="profile"`) the first prompts of a model teach its caches which of its tokens
     matter. Caches that are in use keep to what they know until they are reset.
@@ -45,55 +44,7 @@ def forget(model: torch.nn.Module) -> None:
     _memories.pop(decoder_of(model), None)
 
 
-# What is held ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Hold:
-    """Something that was put in place, until the last of its holders lets go.
-
-    Args:
-        take_away: undoes it, given what it was put on.
-        holders: who needs it; those that are gone need nothing.
-    """
-
-    take_away: Callable[[Any], None]
-    holders: "weakref.WeakSet[Any]" = field(default_factory=weakref.WeakSet)
-
-
-_holds: WeakIdKeyDictionary = WeakIdKeyDictionary()  # a config or module to what was put on it, by kind
-_holds_lock = threading.RLock()
-
-
-def hold(thing: Any, kind: str, put: Callable[[Any], Callable[[Any], None]], holder: Any) -> None:
-    """Hold something of a kind on a config or module: `put` there now, if it is not, it gives what takes it away."""
-    with _holds_lock:
-        holds = _holds.setdefault(thing, {})
-        if kind not in holds:
-            holds[kind] = Hold(put(thing))
-        holds[kind].holders.add(holder)
-
-
-def let_go(holder: Any) -> None:
-    """Take away what nobody else holds."""
-    with _holds_lock:
-        for thing, holds in list(_holds.items()):
-            for kind, one in list(holds.items()):
-                one.holders.discard(holder)
-                if not one.holders:
-                    one.take_away(thing)
-                    del holds[kind]
-            if not holds:
-                _holds.pop(thing, None)
-
-
-def hold_also(holder: Any, other: Any) -> None:
-    """Have another one hold what a holder does."""
-    with _holds_lock:
-        for holds in list(_holds.values()):
-            for one in holds.values():
-                if holder in one.holders:
-                    one.holders.add(other)
+# What is put in place -------------------------------------------------------------------------------------------------
 
 
 def put_name(config: PreTrainedConfig) -> Callable[[PreTrainedConfig], None]:
@@ -110,7 +61,7 @@ def take_name_away(config: PreTrainedConfig) -> None:
 def put_input_hooks(model: torch.nn.Module) -> Callable[[torch.nn.Module], None]:
     """Have every attention module keep its input for the attention function."""
     return removal_of(
-        module.register_forward_pre_hook(keep_hidden_states, with_kwargs=True)
+        module.register_forward_pre_hook(OwnHook(keep_hidden_states), with_kwargs=True)
         for module in model.modules()
         if getattr(module, "layer_idx", None) is not None and "Attention" in type(module).__name__
     )
@@ -120,22 +71,10 @@ def put_pass_hooks(decoder: torch.nn.Module) -> Callable[[torch.nn.Module], None
     """Have a decoder tell the cache of every pass, before and after."""
     return removal_of(
         [
-            decoder.register_forward_pre_hook(_before_pass, with_kwargs=True),
-            decoder.register_forward_hook(_after_pass, with_kwargs=True),
+            decoder.register_forward_pre_hook(OwnHook(_before_pass), with_kwargs=True),
+            decoder.register_forward_hook(OwnHook(_after_pass), with_kwargs=True),
         ]
     )
-
-
-def removal_of(hooks: Iterable[RemovableHandle]) -> Callable[[torch.nn.Module], None]:
-    """What removes hooks."""
-    hooks = list(hooks)
-
-    def remove(module: torch.nn.Module) -> None:
-        for hook in hooks:
-            hook.remove()
-        forget_hidden_states()
-
-    return remove
 
 
 @functools.cache
@@ -194,14 +133,15 @@ class Link:
         self._config = None if config is None else decoder_config(config)
         self._reading: weakref.ref[Any] | None = None
         self._model = self._decoder = _nothing
-        self._block: object | None = None  # that the cache was made in, which holds in its place
+        self._block: Block | None = None  # that the cache was made in, which holds in its place
         self.is_linked = False
         if model is None:
             return
         self.model_name = type(model).__name__
         if can_link(model):
             self._model, self._decoder = weakref.ref(model), weakref.ref(decoder_of(model))
-            self._block = next((block for config, block in _blocks.get() if config is self._config), None)
+            blocks = (block for config, block in _blocks.get() if config is self._config and not block.is_over)
+            self._block = next(blocks, None)
             self.is_linked = True
             link(model, self._holder)
             if needs_hidden_states:
@@ -356,7 +296,8 @@ def merging_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
     Inside, caches of this model see its queries and may differ in length between heads and layers, also those that were
     given its config only (scorers of hidden states need the model itself). Other caches are not affected: the same
-    numbers come out, bit for bit.
+    numbers come out, bit for bit. What is made with `model=` inside is released with the block, unless by another
+    thread, whose caches are released by themselves.
 
     Args:
         model: a transformers model whose attention goes through the attention interface.
@@ -383,13 +324,17 @@ def merging_attention(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         )
     block = Block()
     link(model, block)
-    before = _blocks.set((*_blocks.get(), (decoder_config(model.config), block)))
+    _blocks.set((*_blocks.get(), (decoder_config(model.config), block)))
     try:
         yield model
     finally:
-        _blocks.reset(before)
+        block.is_over = True  # it may end in another thread than it began in
         let_go(block)
+        _blocks.set(tuple(one for one in _blocks.get() if not one[1].is_over))
 
 
+@dataclass(eq=False)
 class Block:
     """A `with` block, as a holder."""
+
+    is_over: bool = False
