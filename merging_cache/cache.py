@@ -103,6 +103,9 @@ class MergingDynamicCache(DynamicCache):
             raise TypeError(f"trace is {trace!r}; it must be True or False")
         self._recording = False
         self._config = None if config is None else config.get_text_config(decoder=True)
+        # from how many tokens on the model rotates otherwise (Phi-3), if something folds here; asked for in every step
+        switches_at = getattr(self._config, "original_max_position_embeddings", None)
+        self._switches_at = switches_at if self.merging.compression_ratio != 0 else None
         linked = model is not None and can_link(model) and takes_masks(self._config)
         fold, folds = self.merging.build(linked, linked and can_reread(config)), self.merging.compression_ratio != 0
         folding = [index for index, layer in enumerate(self.layers) if type(layer) in (DynamicLayer, HybridLayer)]
@@ -316,12 +319,6 @@ class MergingDynamicCache(DynamicCache):
     def __bool__(self) -> bool:
         """False for an empty cache of a model that would throw it away otherwise; see `TokensSeen`."""
         return self._switches_at is None or super().get_seq_length() > 0
-
-    @property
-    def _switches_at(self) -> int | None:
-        """From how many tokens on the model rotates otherwise (Phi-3), if something folds here."""
-        folds = self.merging.compression_ratio != 0
-        return getattr(self._config, "original_max_position_embeddings", None) if folds else None
 
     def activate_past_recording(self) -> None:
         """Fold nothing until the next `crop`, so that drafts can be taken back.

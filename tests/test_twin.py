@@ -209,6 +209,23 @@ ASKING = LOOKING | {
 }
 
 
+def assert_same_folds(models, options, atol):
+    """Both fold a prompt into the same, and neither has to do without anything."""
+    caches = [cache_for(model, **options) for model in models]
+    for model, cache in zip(models, caches, strict=True):
+        model(prompt(60), **cache_argument(cache))
+        assert not cache.report().fallbacks
+    assert_same_cache(*caches, atol=atol)
+
+
+def dequantized(model, plain):
+    """The plain model, with the weights that the other one was quantized to."""
+    for mine, other in zip(model.modules(), plain.modules(), strict=True):
+        if isinstance(mine, nn.Linear):
+            other.weight.copy_(mine.weight.dequantize())
+    return plain
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("options", ASKING.values(), ids=ASKING)
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # without biases, and with some
@@ -216,11 +233,7 @@ def test_layers_without_a_weight(family, options):
     """As the model of the unpacked weights."""
     packed = replaced(tiny_model(family), Packed)
     unpacked = replaced(replaced(tiny_model(family), Packed), Packed.unpacked)
-    caches = [cache_for(model, **options) for model in (packed, unpacked)]
-    for model, cache in zip((packed, unpacked), caches, strict=True):
-        model(prompt(60), **cache_argument(cache))
-        assert not cache.report().fallbacks
-    assert_same_cache(*caches, atol=1e-5)
+    assert_same_folds((packed, unpacked), options, atol=1e-5)
 
 
 @torch.no_grad()
@@ -229,14 +242,7 @@ def test_weights_that_quanto_quantized(options):
     models = llama(), llama()
     quanto.quantize(models[0], weights=quanto.qint8)
     quanto.freeze(models[0])
-    for mine, other in zip(models[0].modules(), models[1].modules(), strict=True):
-        if isinstance(mine, nn.Linear):
-            other.weight.copy_(mine.weight.dequantize())
-    caches = [cache_for(model, **options) for model in models]
-    for model, cache in zip(models, caches, strict=True):
-        model(prompt(60), **cache_argument(cache))
-        assert not cache.report().fallbacks
-    assert_same_cache(*caches, atol=1e-4)
+    assert_same_folds((models[0], dequantized(*models)), options, atol=1e-4)
 
 
 @torch.no_grad()
@@ -246,14 +252,7 @@ def test_weights_that_torchao_quantized(options):
 
     models = llama(), llama()
     quantization.quantize_(models[0], quantization.Int8WeightOnlyConfig())
-    for mine, other in zip(models[0].modules(), models[1].modules(), strict=True):
-        if isinstance(mine, nn.Linear):
-            other.weight.copy_(mine.weight.dequantize())
-    caches = [cache_for(model, **options) for model in models]
-    for model, cache in zip(models, caches, strict=True):
-        model(prompt(60), **cache_argument(cache))
-        assert not cache.report().fallbacks
-    assert_same_cache(*caches, atol=1e-4)
+    assert_same_folds((models[0], dequantized(*models)), options, atol=1e-4)
 
 
 @torch.no_grad()
